@@ -1,0 +1,309 @@
+"""What can be set: three dataclasses, read from the command line or from a yaml or json file.
+
+Refused here (exit code 2): an unknown flag or key, a value of the wrong type or outside its range, a configuration
+file or DeepSpeed file that does not parse, a device that torch cannot use, a DeepSpeed value that contradicts a flag.
+"""
+
+import difflib
+import glob
+import json
+import os
+import shutil
+import socket
+import subprocess
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+import yaml
+from transformers import HfArgumentParser
+
+from console import Refused, choice, note
+
+HERE = Path(__file__).resolve().parent
+
+
+def option(default=None, text: str = "", factory=None):
+    """A dataclass field with its help text."""
+    if factory is not None:
+        return field(default_factory=factory, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, how it is built, and which part of it."""
+
+    model_name_or_path: str | None = option(None, "Model directory. Not given: built from the architecture flags.")
+    tokenizer_name_or_path: str | None = option(None, "Tokenizer directory. Default: the model's.")
+    trust_remote_code: bool | None = option(
+        None, "Run the code that the directory brings. Default: true for a local directory, false for a hub id."
+    )
+    use_flash_attn: bool = option(False, "Variable-length FlashAttention, from the flash_attn package (CUDA only).")
+    cache_dir: str | None = option(None, "Where models of a hub id are kept once downloaded.")
+
+    # Architecture of a model built from scratch. None: what the class does by itself.
+    hidden_size: int = option(2048, "Width of the hidden states.")
+    num_layers: int = option(24, "Number of decoder layers.")
+    num_attention_heads: int = option(16, "Attention heads a layer.")
+    num_key_value_heads: int | None = option(None, "Key and value heads a layer. Default: num_attention_heads.")
+    intermediate_size: int = option(8192, "Width of the MLP, and of each expert.")
+    max_position_embeddings: int | None = option(None, "Positions the model is made for. Default: model_max_length.")
+    model_max_length: int = option(4096, "Positions, where max_position_embeddings is not given.")
+    vocab_size: int | None = option(None, "Size of the vocabulary. Default: the tokenizer's.")
+    tie_word_embeddings: bool = option(True, "Input and output embeddings are one tensor.")
+    use_qk_norm: bool | None = option(None, "Normalise queries and keys: always so in this class.")
+    num_experts: int = option(1, "Experts a layer; above 1 the model is a hunyuan_v1_moe, else a hunyuan_v1_dense.")
+    moe_topk: int = option(1, "Experts a token is sent to.")
+    num_shared_expert: int | None = option(None, "Experts that every token is sent to: 1 in this class.")
+    use_mixed_mlp_moe: bool | None = option(None, "A shared expert beside the routed ones: always so in this class.")
+    moe_intermediate_size: int | None = option(None, "Width of an expert: must equal intermediate_size in this class.")
+    moe_layer_num_skipped: int = option(0, "First layers without experts: 0 in this class.")
+    use_cla: bool = option(False, "Cross-layer attention (Hunyuan-Large): not in this class, refused.")
+    cla_share_factor: int | None = option(None, "Layers that share keys and values: has no effect without use_cla.")
+
+    # What is trained.
+    use_lora: bool = option(False, "Train a low-rank adapter (LoRA) and leave the model as it is.")
+    lora_rank: int = option(64, "Rank of the adapter.")
+    lora_alpha: int = option(128, "The adapter's output is scaled by alpha / rank.")
+    lora_dropout: float = option(0.0, "Dropout on the adapter's input, from 0 to 1.")
+    train_attention_params_only: bool = option(False, "Train the attention layers and nothing else.")
+    make_moe_param_leaf_module: bool = option(
+        False, "Under ZeRO-3, gather an MoE layer's parameters at once (for experts that only some ranks use)."
+    )
+
+    # Of older scripts; see old_flags().
+    model_size: str | None = option(None, "No effect: the chat format is the tokenizer's own.")
+    type_vocab_size: int | None = option(None, "No effect: these models have no token types.")
+    layer_norm_eps: float | None = option(None, "No effect: these models have no LayerNorm.")
+
+    def __post_init__(self):
+        at_least(self, 1, "hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "lora_rank")
+        at_least(self, 1, "num_experts", "moe_topk", "model_max_length", "lora_alpha", "vocab_size")
+        if not 0 <= self.lora_dropout < 1:
+            raise Refused(f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
+
+
+@dataclass
+class DataArguments:
+    """Which rows are trained on, and how they become batches."""
+
+    train_data_file: list[str] = option(text="jsonl files or globs, one conversation a line.", factory=list)
+    max_seq_length: int = option(4096, "Tokens a row at most; what is beyond is cut off.")
+    packing: Literal["none", "batch"] = option(
+        "none", "none: pad to the longest row of the batch. batch: lay its rows end to end, no padding."
+    )
+    complex_data: str | None = option(None, "No effect: every row may have any number of turns.")
+    use_dummy_data: bool = option(False, "No effect: `bash train.sh` with nothing set is the run to try.")
+
+    def __post_init__(self):
+        at_least(self, 2, "max_seq_length")
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """All of Hugging Face's TrainingArguments, with our defaults, and what older scripts pass beside them."""
+
+    report_to: None | str | list[str] = option("tensorboard", "Where the curves go: tensorboard, wandb, none, ….")
+    logging_nan_inf_filter: bool = option(False, "Hide a non-finite loss in the log. Off: such a loss ends the run.")
+    min_lr: float = option(0.0, "Lowest learning rate after the warmup, absolute; with any scheduler.")
+    overwrite_output_dir: bool = option(False, "Set an earlier run in output_dir aside, in previous-<time>/.")
+    probe_file: str | None = option(
+        None, "jsonl of conversations whose last answer is known: answered before and after training, and scored."
+    )
+
+    # Of older scripts; see old_flags().
+    warmup_ratio: float | None = option(None, "Warmup as a share of all steps; the same as --warmup_steps below 1.")
+    group_by_length: bool = option(False, "Batches of rows of similar length (--train_sampling_strategy).")
+    logging_dir: str | None = option(None, "Where TensorBoard's files go. Default: output_dir/runs/<time>.")
+    save_safetensors: bool | None = option(None, "No effect: weights are always saved as safetensors.")
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            raise Refused("--output_dir is not given: say where the run's files go")
+        at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
+        at_least(self, 0, "learning_rate", "min_lr", "warmup_steps", "num_train_epochs", "weight_decay", "seed")
+        if self.min_lr > self.learning_rate:
+            raise Refused(f"--min_lr {self.min_lr:g} is above --learning_rate {self.learning_rate:g}")
+        choose_device(self)
+        old_flags(self)
+        if self.deepspeed is not None:
+            self.deepspeed = read_deepspeed_file(self.deepspeed)
+        join_the_others(self)
+        if self.lr_scheduler_type in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+            own = self.lr_scheduler_kwargs or {}
+            if isinstance(own, str):
+                own = json.loads(own)
+            if not {"min_lr", "min_lr_rate"} & set(own):
+                self.lr_scheduler_kwargs = {**own, "min_lr": self.min_lr}
+        super().__post_init__()
+        if self.deepspeed and self.use_cpu:  # before a ZeRO-3 model is built, else DeepSpeed sees a world of one
+            import deepspeed
+
+            deepspeed.init_distributed("gloo")
+        if self._n_gpu > 1:  # nn.DataParallel would split the batch's one-dimensional tensors
+            choice("GPUs used", f"1 of {self._n_gpu}", "plain python runs one process; torchrun or train.sh uses all")
+            self._n_gpu = 1
+        if self.deepspeed and self.hf_deepspeed_config.mismatches:
+            raise Refused(
+                'the DeepSpeed file contradicts the flags (its easiest value is "auto"): '
+                + "; ".join(m.removeprefix("- ds ") for m in self.hf_deepspeed_config.mismatches)
+            )
+
+
+def at_least(arguments: object, least: float, *names: str) -> None:
+    """Refuse a numeric field below `least`; None (not given) passes."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value >= least:
+            raise Refused(f"--{name} {value}: must be at least {least}")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise Refused(message.removeprefix("argument "))
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Read `--flag value …`, or `config.yaml` / `config.json`, optionally followed by flags that win over it.
+
+    Raises Refused with the flag or key and, for an unknown one, the nearest that exists.
+    """
+    if argv and not argv[0].startswith("-"):
+        argv = config_file_as_flags(argv[0]) + argv[1:]
+    parser = _Parser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        flag = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(flag, known, n=1)
+        raise Refused(f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else ""))
+    values = vars(namespace)
+    try:
+        return tuple(cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in parser.dataclass_types)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # what TrainingArguments itself refuses
+        raise Refused(" ".join(str(error).split())) from error
+
+
+def config_file_as_flags(path: str) -> list[str]:
+    """The keys of a yaml or json file as command-line flags, so that both are checked alike."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"{path}: cannot be read ({type(error).__name__}); flags begin with --") from error
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise Refused(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise Refused(f"{path}: must hold keys and values, the flags without their dashes")
+    flags = []
+    for key, value in values.items():
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def choose_device(args: TrainingArguments) -> None:
+    """Set `use_cpu` where there is no NVIDIA device; refuse a device that torch cannot use."""
+    if args.use_cpu or torch.cuda.is_available():
+        return
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    if glob.glob("/dev/nvidia[0-9]*") and not hidden:
+        try:
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split()[0]
+        except (OSError, subprocess.SubprocessError, IndexError):
+            driver = "unknown"
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        raise Refused(
+            f"there is an NVIDIA device that torch cannot use: driver {driver}, torch {torch.__version__} ({built}). "
+            "Install a torch built for this driver's CUDA version or a newer driver, or pass --use_cpu"
+        )
+    args.use_cpu = True
+    choice("device", "cpu", "no NVIDIA device" + (" visible: CUDA_VISIBLE_DEVICES is empty" if hidden else ""))
+
+
+def old_flags(args: TrainingArguments) -> None:
+    """Do what flags did that transformers 5 renamed or dropped."""
+    if args.gradient_checkpointing is not None and args.activation_checkpointing is None:
+        args.activation_checkpointing = args.gradient_checkpointing
+    if args.gradient_checkpointing_kwargs is not None and args.activation_checkpointing_kwargs is None:
+        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
+    args.gradient_checkpointing = args.gradient_checkpointing_kwargs = None
+    if args.warmup_ratio is not None:
+        if not 0 <= args.warmup_ratio < 1:
+            raise Refused(f"--warmup_ratio {args.warmup_ratio}: must be at least 0 and below 1")
+        if args.warmup_steps:
+            note("--warmup_ratio has no effect: --warmup_steps is given")
+        else:
+            args.warmup_steps = args.warmup_ratio
+    if args.group_by_length:
+        args.train_sampling_strategy = "group_by_length"
+    if args.logging_dir is not None:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = args.logging_dir
+
+
+def note_without_effect(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
+    """Say, once each, which given flags of older scripts have no effect, and why."""
+    for group, names in (
+        (model, ("model_size", "type_vocab_size", "layer_norm_eps")),
+        (data, ("complex_data", "use_dummy_data")),
+        (training, ("save_safetensors",)),
+    ):
+        for f in fields(group):
+            if f.name in names and getattr(group, f.name) not in (None, False):
+                note(f"--{f.name}: {f.metadata['help'][0].lower()}{f.metadata['help'][1:]}")
+    if training.save_safetensors is False:
+        note("--save_safetensors False: no effect: weights are always saved as safetensors")
+
+
+def read_deepspeed_file(name: str) -> dict | str:
+    """The DeepSpeed configuration, from a path or the name of a file in this folder. `none` is no DeepSpeed."""
+    if name.lower() == "none":
+        return None
+    path = next((p for p in (Path(name), HERE / name) if p.is_file()), None)
+    if path is None:
+        offered = ", ".join(sorted(p.name for p in HERE.glob("ds_*.json")))
+        raise Refused(f"--deepspeed {name}: no such file, here or in {HERE} (which has {offered})")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Refused(f"--deepspeed {path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise Refused(f"--deepspeed {path}: must hold a JSON object")
+    return config
+
+
+def join_the_others(args: TrainingArguments) -> None:
+    """Set the rendezvous variables where the launcher did not: under srun from Slurm's own, else, for DeepSpeed, a
+    world of one.
+
+    DeepSpeed otherwise looks for MPI. On a CPU it needs a compiler, refused here where there is none.
+    """
+    if args.deepspeed and args.use_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        if shutil.which("g++") is None:
+            raise Refused(
+                "--deepspeed on a CPU compiles a library at its first use: install g++, or leave --deepspeed out"
+            )
+    if "RANK" in os.environ:
+        return
+    slurm_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if slurm_tasks > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise Refused(
+                "under srun set MASTER_ADDR to the first node's name: export MASTER_ADDR=$(hostname) before srun"
+            )
+        os.environ.setdefault("MASTER_PORT", "29500")
+        os.environ.update(
+            RANK=os.environ["SLURM_PROCID"], LOCAL_RANK=os.environ["SLURM_LOCALID"], WORLD_SIZE=str(slurm_tasks)
+        )
+    elif args.deepspeed:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

@@ -1,0 +1,342 @@
+"""Merge a LoRA adapter into its base, offline: adapter + base -> one model directory.
+
+    python merge_lora_weight.py                  # newest adapter under train/output, its own base, <adapter>-merged
+    python merge_lora_weight.py --base_model_path BASE --adapter_model_path ADAPTER --output_path OUT --save_dtype bf16
+    python merge_lora_weight.py --verify logits  # and compare the result with base + adapter as PEFT computes them
+
+Works on the safetensors files shard by shard and never builds the model: it needs memory for about one shard. A weight
+is merged in fp32 and rounded once; names, shards, index and all other files are the base's, config.json but for its
+dtype. The result is written beside the output and renamed at the end. Refused (exit code 2, nothing at the output): an
+adapter that is empty, does not fit the base or is more than LoRA or DoRA on linear layers; a base that is quantised, not
+safetensors or not whole; an output that is not empty; values that do not fit the dtype; a full disk.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+from collections import Counter, namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+OUTPUT_ROOT = Path(__file__).resolve().parent / "output"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}  # as --save_dtype and as safetensors headers spell them
+STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+# What a half-precision base keeps in fp32 stays so; this tensor of Hy3 and Hy4, by both its names, in any base.
+FP32_SUFFIXES = ("e_score_correction_bias", "expert_bias")
+# What transformers names otherwise than the files of Hy3 and Hy4 do: (in the adapter, in the base).
+RENAMED = ((".mlp.shared_experts.", ".mlp.shared_mlp."), (".self_attn.gate_proj", ".self_attn.linear_gate"))
+# Keys of adapter_config.json that make more of it than W + scaling * B @ A; so do other initialisations (PiSSA ...).
+BEYOND_LORA = ("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication", "lora_bias",
+               "fan_in_fan_out", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "kasa_config")
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+# Not copied from the base: weights, config.json (written anew), and what the run that trained it has left there.
+LEFT_OUT = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf)(\.index\.json)?|config\.json|.*\.tmp-\d+"
+                      r"|runs|log_.*\.txt|loss\.png|train_results\.json|trainer_state\.json")
+
+Stored = namedtuple("Stored", "file shape dtype nbytes")  # a tensor of the base, as its file's header tells it
+Update = namedtuple("Update", "lora_A lora_B magnitude scaling")  # what it gains: keys of the adapter, a factor
+
+
+def refuse(message: str) -> NoReturn:
+    """End the program with exit code 2 and one message: what, where, what to do."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def some(items: list[str]) -> str:
+    """The first few of a list, for a message."""
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+def newest(files: tuple[str, ...]) -> Path | None:
+    """The directory right under train/output of which one of `files` changed last; a run with none of them at its top
+    counts with its newest checkpoint-N. None where there is none."""
+    found = []
+    for run in OUTPUT_ROOT.iterdir() if OUTPUT_ROOT.is_dir() else ():
+        checkpoints = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        for paths in ([] if re.search(r"\.tmp-\d+$", run.name) else [run], checkpoints):
+            there = [path / file for path in paths for file in files if (path / file).is_file()]
+            if there:
+                found.append(max((file.stat().st_mtime, file.parent) for file in there))
+                break
+    return max(found)[1] if found else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a json file; refuses one that is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        refuse(f"{path} cannot be read as a json object: {error}")
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, its header checked against its size; refuses one that is missing, cut or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        why = f"is not a whole safetensors file ({error})" if path.exists() else "is missing"
+        refuse(f"{path} {why}; fetch or save it again")
+
+
+def read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Stored]]:
+    """(config, index, {name: Stored} file by file) of a model directory, from headers alone; no index is {}. Refuses a
+    directory that is quantised, not safetensors or not whole."""
+    config, index, listed = read_json(base / "config.json"), {}, {"model.safetensors": set()}
+    if config.get("quantization_config"):
+        refuse(f"{base / 'config.json'}: quantization_config: weights of a quantised base cannot be merged into")
+    if not (base / "model.safetensors").is_file():  # loaders, too, look for it first
+        if not (base / INDEX).is_file():
+            refuse(f"{base} holds no model.safetensors. Convert pytorch_model.bin in python: AutoModelForCausalLM"
+                   ".from_pretrained(BASE, dtype='auto').save_pretrained(NEW), and copy the tokenizer there")
+        index, listed = read_json(base / INDEX), {}
+        for name, file in index.get("weight_map", {}).items():
+            listed.setdefault(file, set()).add(name)
+    tensors = {}
+    for file, names in sorted(listed.items()):
+        handle = open_tensors(base / file)
+        odd = sorted(names.symmetric_difference(handle.keys())) if index else []
+        if odd or Path(file).name != file:
+            refuse(f"{base / INDEX} and {file} do not list the same tensors: {some(odd)}; fetch or save them again")
+        for name in handle.keys():
+            part = handle.get_slice(name)
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+            size = STORED[dtype].itemsize * math.prod(shape) if dtype in STORED else handle.get_tensor(name).nbytes
+            tensors[name] = Stored(file, shape, dtype, size)
+    return config, index, tensors
+
+
+def plan_updates(adapter: Path, tensors: dict[str, Stored], tied: bool) -> tuple[Any, dict[str, Update]]:
+    """(the adapter's opened file, {base tensor: Update}); refuses unless every tensor of the adapter has its place.
+
+    Fused experts would come in here: one module, and for each expert's tensor an Update with its slices of A and B.
+    """
+    settings, file = read_json(adapter / "adapter_config.json"), open_tensors(adapter / "adapter_model.safetensors")
+    beyond = [key for key in BEYOND_LORA if settings.get(key)]
+    beyond += ["init_lora_weights"] if settings.get("init_lora_weights", True) not in PLAIN_INITS else []
+    if beyond:
+        refuse(f"{adapter / 'adapter_config.json'}: " + some([f"{key}={settings[key]}" for key in beyond]) +
+               " cannot be merged, only LoRA and DoRA on linear layers; use this adapter with PEFT on top of its base")
+    shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    if not any(math.prod(shape) for shape in shapes.values()):
+        refuse(f"{adapter}: the adapter holds no tensors, or only empty ones; save it again")
+
+    def setting(name: str, patterns: str, module: str) -> float:  # as PEFT resolves it, default included
+        matching = (key for key in settings.get(patterns) or {} if re.match(rf"(.*\.)?({key})$", module))
+        return next((settings[patterns][key] for key in matching), settings.get(name, 8))
+
+    updates, unfit, known, dora = {}, [], set(), bool(settings.get("use_dora"))
+    for lora_A in (key for key in shapes if key.endswith(".lora_A.weight")):
+        prefix = lora_A.removesuffix(".lora_A.weight")
+        lora_B, magnitude = f"{prefix}.lora_B.weight", f"{prefix}.lora_magnitude_vector" if dora else None
+        known |= {lora_A, lora_B, magnitude, f"{prefix}.base_layer.weight"}  # PEFT saves a head's own weight as well
+        module = prefix.removeprefix("base_model.model.")
+        names = [f"{module}.weight", *(f"{module.replace(*pair)}.weight" for pair in RENAMED)]
+        name = next((name for name in names if name in tensors), names[0])
+        rank, delta = setting("r", "rank_pattern", module), (*shapes.get(lora_B, ())[:1], *shapes[lora_A][1:])
+        if name not in tensors or (tied and name == "lm_head.weight"):
+            unfit.append(f"{module} (the base has no such weight{', it is tied' if 'lm_head' in name else ''})")
+        elif tensors[name].dtype not in STORED or tensors[name].shape != delta:
+            unfit.append(f"{module} ({list(delta)}, the base has {tensors[name].dtype} {list(tensors[name].shape)})")
+        elif (shapes[lora_A][0], *shapes[lora_B][1:]) != (rank, rank) or (dora and magnitude not in shapes):
+            unfit.append(f"{module} (rank or magnitude are not as adapter_config.json says)")
+        else:
+            alpha = setting("lora_alpha", "alpha_pattern", module)
+            scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+            updates[name] = Update(lora_A, lora_B, magnitude, scaling)
+    unfit += sorted(shapes.keys() - known)
+    if unfit:
+        refuse(f"{adapter}: the adapter does not fit the base (is it another base's?): {some(unfit)}")
+    if not any(file.get_tensor(update.lora_B).any() for update in updates.values()):
+        print("warning: every lora_B is zero: this adapter was not trained", file=sys.stderr)
+    return file, updates
+
+
+def plan_files(tensors: dict[str, Stored], sizes: dict[str, int], limit: int) -> list[tuple[str, list[str]]]:
+    """[(file to write, its tensors)]: the base's files; one that exceeds `limit` bytes is split, all are renumbered."""
+    parts, filled = [], 0
+    for name, tensor in tensors.items():
+        if not parts or parts[-1][0] != tensor.file or filled + sizes[name] > limit:
+            parts.append((tensor.file, []))
+            filled = 0
+        parts[-1][1].append(name)
+        filled += sizes[name]
+    if len(parts) == len({file for file, _ in parts}):
+        return parts
+    return [(f"model-{number:05d}-of-{len(parts):05d}.safetensors", part[1]) for number, part in enumerate(parts, 1)]
+
+
+def left_out(folder: str | Path, names: list[str]) -> set[str]:
+    """Entries of the base directory that are not copied: see LEFT_OUT; hidden directories; models and adapters of their
+    own, like checkpoints."""
+    inner = {name for name in names if Path(folder, name).is_dir()}
+    marks = ("config.json", "adapter_config.json")
+    apart = {name for name in inner if name[0] == "." or any(Path(folder, name, mark).exists() for mark in marks)}
+    return apart | {name for name in names if LEFT_OUT.fullmatch(name)}
+
+
+def merged(tensor: torch.Tensor, update: Update, adapter_file: Any) -> torch.Tensor:
+    """The tensor with its update, in fp32."""
+    factors = [adapter_file.get_tensor(key).float() for key in (update.lora_B, update.lora_A)]
+    weight = torch.addmm(tensor.float(), *factors, alpha=update.scaling)
+    if update.magnitude:
+        weight *= (adapter_file.get_tensor(update.magnitude).float() / torch.linalg.norm(weight, dim=1))[:, None]
+    return weight
+
+
+@contextmanager
+def written_aside(output: Path) -> Iterator[Path]:
+    """A temporary directory beside `output`, which it becomes at the end; removed on any error or signal to stop."""
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
+
+    def stop(number: int, _frame: Any) -> NoReturn:
+        print(f"\nstopped by {signal.Signals(number).name}, nothing is left at {output}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(output)
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)  # a second signal must not cut the clean-up short
+        shutil.rmtree(temporary, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def logits(model_path: Path, adapter: Path | None = None) -> torch.Tensor:
+    """fp32 logits (1, 32, vocabulary) of a model directory on fixed tokens, with the adapter as PEFT applies it."""
+    from transformers import AutoModelForCausalLM  # takes seconds to import: only here
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, trust_remote_code=True)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    input_ids = torch.arange(1, 33, device=model.device)[None] % model.config.vocab_size
+    with torch.no_grad():
+        return model(input_ids=input_ids, use_cache=False).logits.cpu()
+
+
+def byte_size(text: str) -> int:
+    """Bytes in "5GB", "500MB" or a plain number, decimal as Hugging Face counts them."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 5GB or 500MB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The job, step by step."""
+    # 1. What is asked for
+    parser = argparse.ArgumentParser(description="Merge a LoRA adapter into its base model.", allow_abbrev=False)
+    parser.error = refuse  # one message, without the usage
+    parser.add_argument("--base_model_path", help="model directory (default: the one that adapter_config.json names)")
+    parser.add_argument("--adapter_model_path", help="adapter directory (default: the newest under train/output)")
+    parser.add_argument("--output_path", help="directory to write (default: <adapter>-merged)")
+    parser.add_argument("--save_dtype", choices=DTYPES, help="dtype of the result (default: the base's)")
+    parser.add_argument("--max_shard_size", type=byte_size, default="5GB", help="split larger files (default: 5GB)")
+    parser.add_argument("--verify", choices=("keys", "logits"), help="check the result's tensors, or what it computes")
+    args = parser.parse_args(argv)
+
+    # 2. Which adapter, base and output
+    adapter = Path(args.adapter_model_path) if args.adapter_model_path else newest(("adapter_model.safetensors",))
+    if adapter is None:
+        refuse(f"no adapter under {OUTPUT_ROOT}; train one with --use_lora, or give --adapter_model_path")
+    adapter = adapter.resolve()
+    base_path = args.base_model_path or read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
+    if not base_path or not Path(base_path).is_dir():
+        refuse(f"the base {base_path!r} is not a directory here; give --base_model_path")
+    base, output = Path(base_path).resolve(), Path(args.output_path or f"{adapter}-merged").resolve()
+    print(f"adapter_model_path = {adapter} ({'given' if args.adapter_model_path else 'newest under train/output'})")
+    print(f"base_model_path = {base} ({'given' if args.base_model_path else 'named by adapter_config.json'})")
+    print(f"output_path = {output} ({'given' if args.output_path else '<adapter>-merged'})")
+    if output in (base, adapter):
+        refuse(f"--output_path {output} is the {'base' if output == base else 'adapter'} itself; give another one")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        refuse(f"--output_path {output} is there and not empty; remove it or give another one")
+
+    # 3. What the base holds, and what of it the adapter changes
+    config, index, tensors = read_base(base)
+    adapter_file, updates = plan_updates(adapter, tensors, config.get("tie_word_embeddings", False))
+
+    # 4. In which dtype, in which files, and whether there is space for it
+    stored = Counter()
+    for tensor in tensors.values():
+        stored[tensor.dtype] += tensor.nbytes
+    told = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    saved, why = next((key for key in STORED if str(STORED[key]) == f"torch.{told}"), ""), "config.json of the base"
+    if saved not in stored:  # not told, or not so
+        saved, why = max(STORED, key=lambda dtype: stored[dtype]), "most of the base's weights"
+    keep = {name for name, tensor in tensors.items() if tensor.dtype not in STORED
+            or (tensor.dtype == "F32" and (saved != "F32" or name.endswith(FP32_SUFFIXES)))}
+    saved, why = (DTYPES[args.save_dtype], "given") if args.save_dtype else (saved, why)
+    print(f"save_dtype = {next(key for key in DTYPES if DTYPES[key] == saved)} ({why})", flush=True)
+    dtypes = {name: tensor.dtype if name in keep else saved for name, tensor in tensors.items()}
+    sizes = {name: tensor.nbytes if name in keep else STORED[saved].itemsize * math.prod(tensor.shape)
+             for name, tensor in tensors.items()}
+    parts = plan_files(tensors, sizes, args.max_shard_size)
+    needed = sum(sizes.values())
+    free = shutil.disk_usage(next(parent for parent in output.parents if parent.exists())).free
+    if free < needed:
+        refuse(f"{output} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room or give --output_path")
+
+    # 5. Write: shard by shard, the index, config.json, all else
+    try:
+        with written_aside(output) as temporary:
+            for file, names in tqdm(parts, desc="merging", unit="shard"):
+                source, shard = open_tensors(base / tensors[names[0]].file), {}
+                for name in names:
+                    tensor = source.get_tensor(name)
+                    result = merged(tensor, updates[name], adapter_file) if name in updates else tensor
+                    shard[name] = result.to(STORED.get(dtypes[name], tensor.dtype))
+                    if shard[name] is not tensor and not shard[name].isfinite().all():
+                        refuse(f"{name} is not finite in {shard[name].dtype}: a damaged adapter, or a value beyond the "
+                               "dtype's range (--save_dtype bf16 or fp32 has room for it)")
+                save_file(shard, temporary / file, source.metadata() or {"format": "pt"})
+            if index or len(parts) > 1:
+                places = {name: file for file, names in parts for name in names}
+                index["metadata"] = {**index.get("metadata", {}), "total_size": needed}
+                index["weight_map"] = {name: places[name] for name in index.get("weight_map", places)}
+                (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+            config |= {key: str(STORED[saved])[6:] for key in ("dtype", "torch_dtype") if key in config}
+            (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            shutil.copytree(base, temporary, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
+            if args.verify:
+                wanted = {(name, tensor.shape, dtypes[name]) for name, tensor in tensors.items()}
+                found = {(name, tensor.shape, tensor.dtype) for name, tensor in read_base(temporary)[2].items()}
+                if wanted != found:
+                    refuse(f"the result's tensors are not the base's: {some(sorted(map(str, wanted ^ found)))}")
+                print(f"verify keys = {len(wanted)} tensors (names and shapes are the base's, dtypes as asked for)")
+    except (OSError, SafetensorError) as error:  # a full disk among them
+        refuse(f"{output} could not be written, nothing is left there: {error}")
+    print(f"merged {len(updates)} of {len(tensors)} tensors into {output} ({needed / 1e9:.3f} GB)")
+
+    # 6. What it computes
+    if args.verify == "logits":
+        expected, found = logits(base, adapter), logits(output)
+        print(f"verify logits = {(expected - found).abs().max():.3g} (largest difference from base + adapter with PEFT, "
+              f"32 fixed tokens in fp32; largest logit {expected.abs().max():.3g})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""A model ready to train: loaded from a directory or built from flags, its adapter, what is frozen.
+
+Refused (exit code 2): a directory that is not there, has no weights or is quantised, an architecture that
+transformers' Hunyuan classes cannot express, FlashAttention where it cannot run.
+"""
+
+import importlib.util
+import inspect
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HunYuanDenseV1Config,
+    HunYuanMoEV1Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from arguments import ModelArguments, TrainingArguments
+from console import Refused, choice, note
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+ATTENTION_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+# ---------------------------------------------------------------------------------------------- directories, tokenizer
+
+
+def check_directory(args: ModelArguments) -> None:
+    """Refuse a model directory that cannot be trained, before anything is loaded from it."""
+    path = args.model_name_or_path
+    if path is None:
+        if args.tokenizer_name_or_path is None:
+            raise Refused(
+                "neither --model_name_or_path nor --tokenizer_name_or_path is given: one of them brings the tokenizer"
+            )
+        check_architecture(args)
+        return
+    if looks_local(path):
+        directory = Path(path)
+        if not directory.is_dir():
+            raise Refused(f"--model_name_or_path {path}: no such directory")
+        if not (directory / "config.json").is_file():
+            raise Refused(f"--model_name_or_path {path}: has no config.json")
+        if not any(any(directory.glob(pattern)) for pattern in WEIGHTS):
+            raise Refused(f"--model_name_or_path {path}: holds no weights (*.safetensors)")
+        if "quantization_config" in read_json(directory / "config.json"):
+            raise Refused(
+                f"--model_name_or_path {path}: is quantised (quantization_config in config.json): train its base"
+            )
+    if args.tokenizer_name_or_path and looks_local(args.tokenizer_name_or_path):
+        if not Path(args.tokenizer_name_or_path).is_dir():
+            raise Refused(f"--tokenizer_name_or_path {args.tokenizer_name_or_path}: no such directory")
+
+
+def take_up(args: ModelArguments, training: TrainingArguments) -> str | None:
+    """With --resume_from_checkpoint, take model and tokenizer from there; an adapter's base from its config if none is
+    given.
+
+    Returns the checkpoint's directory, or None.
+    """
+    if training.resume_from_checkpoint is None:
+        if args.use_lora and args.model_name_or_path is None:
+            raise Refused("--use_lora: an adapter needs a model: give --model_name_or_path")
+        return None
+    directory = Path(training.resume_from_checkpoint)
+    if not (directory / "trainer_state.json").is_file():
+        raise Refused(f"--resume_from_checkpoint {directory}: is not a checkpoint (it has no trainer_state.json)")
+    args.use_lora = (directory / "adapter_config.json").is_file()
+    if not args.use_lora:
+        args.model_name_or_path = str(directory)
+    elif args.model_name_or_path is None:
+        args.model_name_or_path = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+    args.tokenizer_name_or_path = args.tokenizer_name_or_path or str(directory)
+    note(f"going on from {directory}: weights, optimiser, scheduler, data position and random state")
+    return str(directory)
+
+
+def looks_local(path: str) -> bool:
+    """Whether a name is meant as a path on this machine and not as `owner/name` on a hub."""
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path}: cannot be read as JSON ({type(error).__name__})") from error
+
+
+def trusts(args: ModelArguments, path: str) -> bool:
+    """Whether code that `path` brings may run: from a local directory unless forbidden, from a hub when allowed."""
+    return looks_local(path) if args.trust_remote_code is None else args.trust_remote_code
+
+
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of `--tokenizer_name_or_path`, else the model's. It must have a chat template."""
+    path = args.tokenizer_name_or_path or args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(args, path), cache_dir=args.cache_dir)
+    except Exception as error:  # the directory's own code may raise anything
+        raise Refused(f"the tokenizer in {path} does not load: {type(error).__name__}: {first_line(error)}") from error
+    if not tokenizer.chat_template:
+        raise Refused(f"the tokenizer in {path} has no chat template: rows cannot be rendered")
+    return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def load_model(
+    args: ModelArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase, resume: str | None = None
+) -> PreTrainedModel:
+    """The model that is trained, with its adapter and with what stays as it is frozen.
+
+    Seed before calling: a model built from flags and an adapter draw their first values here. Under ZeRO-3 parameters
+    are partitioned as they are made, because transformers knows the DeepSpeed file from `training`.
+
+    Args:
+        resume: an adapter's checkpoint directory whose weights are taken up.
+    """
+    attention = "flash_attention_2" if args.use_flash_attn else None
+    if args.use_flash_attn:
+        check_flash_attention(training)
+    if args.model_name_or_path is None:
+        model = build_model(args, training, tokenizer, attention)
+    else:
+        note_ignored_architecture(args)
+        path = args.model_name_or_path
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=load_dtype(args, training),
+                attn_implementation=attention,
+                trust_remote_code=trusts(args, path),
+                cache_dir=args.cache_dir,
+            )
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise Refused(f"--model_name_or_path {path}: does not load: {first_line(error)}") from error
+    if args.use_lora:
+        model = add_adapter(model, args, resume)
+    elif args.train_attention_params_only:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = ".self_attn." in name
+    if args.make_moe_param_leaf_module:
+        mark_moe_leaves(model, training)
+    return model
+
+
+def load_dtype(args: ModelArguments, training: TrainingArguments) -> torch.dtype | str:
+    """The precision rule: what is trained has fp32 master values.
+
+    Without DeepSpeed the weights are the masters; under ZeRO the optimiser holds them and the engine casts the weights
+    itself. Only a frozen base may stay in the directory's dtype, and only where --bf16 or --fp16 asks for half
+    precision.
+    """
+    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    if half is None:
+        return torch.float32
+    if training.deepspeed:
+        return half
+    return "auto" if args.use_lora else torch.float32
+
+
+def check_flash_attention(training: TrainingArguments) -> None:
+    """Refuse --use_flash_attn where it cannot run, with the reason."""
+    if training.device.type != "cuda":
+        raise Refused(f"--use_flash_attn: FlashAttention needs an NVIDIA GPU, this run is on {training.device.type}")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise Refused(
+            "--use_flash_attn: the package flash_attn is not installed: pip install -r requirements-flash-attn.txt"
+        )
+    if not (training.bf16 or training.fp16):
+        raise Refused("--use_flash_attn: FlashAttention computes in half precision: add --bf16 (or --fp16)")
+
+
+# -------------------------------------------------------------------------------------------- a model built from flags
+
+
+def check_architecture(args: ModelArguments) -> None:
+    """Refuse architecture flags that hunyuan_v1_dense and hunyuan_v1_moe cannot express."""
+    kind = "hunyuan_v1_moe" if args.num_experts > 1 else "hunyuan_v1_dense"
+    for wrong, flag, why in (
+        (args.use_cla, "use_cla", "has no cross-layer attention"),
+        (args.use_qk_norm is False, "use_qk_norm false", "always normalises queries and keys"),
+        (
+            args.num_experts > 1 and args.num_shared_expert not in (None, 1),
+            "num_shared_expert",
+            "has one shared expert",
+        ),
+        (args.num_experts > 1 and args.use_mixed_mlp_moe is False, "use_mixed_mlp_moe false", "has a shared expert"),
+        (
+            args.moe_intermediate_size not in (None, args.intermediate_size),
+            "moe_intermediate_size",
+            "has experts of intermediate_size",
+        ),
+        (args.moe_layer_num_skipped != 0, "moe_layer_num_skipped", "has experts in every layer"),
+        (args.moe_topk > args.num_experts, "moe_topk", f"has only {args.num_experts} experts to choose from"),
+        (
+            args.hidden_size % args.num_attention_heads,
+            "hidden_size",
+            f"needs a multiple of {args.num_attention_heads} heads",
+        ),
+        (
+            args.num_attention_heads % (args.num_key_value_heads or 1),
+            "num_key_value_heads",
+            "shares each among as many heads",
+        ),
+    ):
+        if wrong:
+            raise Refused(f"--{flag}: {kind}, which is built from the architecture flags, {why}")
+
+
+def build_model(
+    args: ModelArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase, attention: str | None
+) -> PreTrainedModel:
+    """A model with random weights in the architecture that the flags describe."""
+    vocab_size = args.vocab_size or len(tokenizer)
+    if vocab_size < len(tokenizer):
+        raise Refused(f"--vocab_size {vocab_size}: the tokenizer has {len(tokenizer)} tokens")
+    shape = dict(
+        vocab_size=vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.num_attention_heads,
+        num_key_value_heads=args.num_key_value_heads,
+        head_dim=args.hidden_size // args.num_attention_heads,
+        max_position_embeddings=args.max_position_embeddings or args.model_max_length,
+        tie_word_embeddings=args.tie_word_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if args.num_experts > 1:
+        config = HunYuanMoEV1Config(**shape, num_experts=args.num_experts, moe_topk=args.moe_topk)
+    else:
+        config = HunYuanDenseV1Config(**shape)
+    choice(
+        "model",
+        config.model_type,
+        f"built from the architecture flags, with random weights: --num_experts {args.num_experts}",
+    )
+    dtype = load_dtype(args, training) if training.deepspeed else torch.float32
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def note_ignored_architecture(args: ModelArguments) -> None:
+    """Say once which architecture flags are ignored because a model is given."""
+    names = list(ModelArguments.__dataclass_fields__)
+    names = names[names.index("hidden_size") : names.index("use_lora")]
+    default = ModelArguments()
+    given = [f"--{name}" for name in names if getattr(args, name) != getattr(default, name)]
+    if given:
+        note(f"ignored: {' '.join(given)} (the architecture is that of --model_name_or_path)")
+
+
+# -------------------------------------------------------------------------------------------------- what is trained
+
+
+def add_adapter(model: PreTrainedModel, args: ModelArguments, resume: str | None) -> PreTrainedModel:
+    """Freeze the model and put a LoRA adapter on its attention projections (or take up the one in `resume`)."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if resume is not None:
+        return PeftModel.from_pretrained(model, resume, is_trainable=True)
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=ATTENTION_TARGETS,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    if looks_local(args.model_name_or_path):  # the adapter is used from any directory
+        model.peft_config["default"].base_model_name_or_path = str(Path(args.model_name_or_path).resolve())
+    return model
+
+
+def mark_moe_leaves(model: PreTrainedModel, training: TrainingArguments) -> None:
+    """Make ZeRO-3 gather an MoE layer at once: its experts are not used by every rank in every step."""
+    if not (training.deepspeed and training.hf_deepspeed_config.is_zero3()):
+        note("--make_moe_param_leaf_module has no effect: it is for ZeRO-3")
+        return
+    from deepspeed.utils import set_z3_leaf_modules
+
+    layers = {type(module) for module in model.modules() if hasattr(module, "experts") and hasattr(module, "gate")}
+    if not layers:
+        note("--make_moe_param_leaf_module has no effect: the model has no MoE layers")
+        return
+    set_z3_leaf_modules(model, list(layers))
+    choice("ZeRO-3 leaf modules", ", ".join(sorted(cls.__name__ for cls in layers)), "--make_moe_param_leaf_module")
+
+
+def takes_supervised_head(model: PreTrainedModel, training: TrainingArguments) -> bool:
+    """Whether the head can run at the supervised positions alone: the model takes `logits_to_keep` and hands
+    `shift_labels` to its loss.
+
+    Label smoothing and Liger's kernels want logits at every position.
+    """
+    if training.label_smoothing_factor or training.use_liger_kernel:
+        why = "--label_smoothing_factor" if training.label_smoothing_factor else "--use_liger_kernel"
+    else:
+        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        accepted = inspect.signature(inner.forward).parameters
+        if {"logits_to_keep", "kwargs"} <= set(accepted):
+            return True
+        why = f"{type(inner).__name__} does not take logits_to_keep"
+    choice("logits", "at every position", why)
+    return False
+
+
+def number_of_parameters(model: PreTrainedModel, trained: bool = False) -> int:
+    """Parameters of the model, or those that are trained; under ZeRO-3 their full size."""
+    parameters = [p for p in model.parameters() if p.requires_grad or not trained]
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)

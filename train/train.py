@@ -1,0 +1,111 @@
+"""Fine-tune a Hunyuan model on a jsonl of conversations.
+
+    bash train.sh                                                                  # the embedded example, on whatever the machine has
+    MODEL_PATH=… TRAIN_DATA_FILE=rows.jsonl bash train.sh                          # all weights, every GPU of this machine
+    MODEL_PATH=… TRAIN_DATA_FILE=rows.jsonl bash train.sh --use_lora               # an adapter
+    python train.py --model_name_or_path … --train_data_file rows.jsonl --output_dir out      # one process, no launcher
+    torchrun --nproc_per_node 8 train.py … --deepspeed ds_zero3_no_offload.json --bf16
+    python train.py config.yaml                                                    # the flags, in a file
+
+Exit codes: 0 done, 2 refused before training (one message says what and where), 3 stopped itself at a non-finite loss, else failed.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from arguments import note_without_effect, parse_arguments
+from callbacks import Meter, Probe, ProgressLine, StopOnNonFinite
+from checkpoint import check_output_dir
+from console import Refused, note
+from data import Collator, load_examples
+from model import check_directory, load_model, load_tokenizer, number_of_parameters, take_up, takes_supervised_head
+from trainer import Trainer
+
+
+def main(argv: list[str]) -> None:
+    # 1. Arguments. What can be refused is refused here and in 2, before a model is loaded.
+    model_args, data_args, training_args = parse_arguments(argv)
+    note_without_effect(model_args, data_args, training_args)
+    base, resume = model_args.model_name_or_path, take_up(model_args, training_args)
+    check_directory(model_args)
+    check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
+
+    # 2. Data: rows → token sequences.
+    tokenizer = load_tokenizer(model_args)
+    examples = load_examples(data_args.train_data_file, tokenizer, data_args.max_seq_length)
+    note(
+        f"{examples.num_rows} rows: {len(examples)} sequences to train on, "
+        f"{examples.num_rows_unsupervised} rows left without a supervised token"
+    )
+    probe = Probe(training_args.probe_file, tokenizer) if training_args.probe_file else None
+
+    # 3. Model. Seeded before: what is drawn at random is drawn here.
+    set_seed(training_args.seed)
+    model = load_model(model_args, training_args, tokenizer, resume)
+    positions = getattr(model.config, "max_position_embeddings", data_args.max_seq_length)
+    if data_args.max_seq_length > positions:
+        note(f"--max_seq_length {data_args.max_seq_length} is more than the model's {positions} positions")
+
+    # 4. Trainer.
+    meter = Meter()
+    collator = Collator(
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        packing=data_args.packing,
+        supervised_head=takes_supervised_head(model, training_args),
+    )
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=examples,
+        data_collator=collator,
+        callbacks=[StopOnNonFinite()] + ([probe] if probe else []),
+        meter=meter,
+        base=base or resume,
+        tokenizer_path=model_args.tokenizer_name_or_path or model_args.model_name_or_path,
+        tokenizer=tokenizer,
+    )
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(ProgressLine())
+
+    # 5. Run.
+    result = trainer.train(resume_from_checkpoint=resume)
+
+    # 6. Save: the final model at the top of output_dir, the curve and the figures beside it.
+    trainer.save_model()
+    trainer.save_state()
+    figures = {
+        "train_loss": result.training_loss,
+        "global_step": trainer.state.global_step,
+        "num_rows": examples.num_rows,
+        "num_rows_skipped": examples.num_rows_skipped,
+        "num_rows_unsupervised": examples.num_rows_unsupervised,
+        "num_examples": len(examples),
+        "global_batch_size": trainer.get_total_train_batch_size(training_args),
+        "trainable_params": number_of_parameters(trainer.model, trained=True),
+        "total_params": number_of_parameters(trainer.model),
+        **meter.results(trainer),
+        **(probe.results() if probe else {}),
+    }
+    if trainer.is_world_process_zero():
+        Path(training_args.output_dir, "train_results.json").write_text(json.dumps(figures, indent=2) + "\n")
+        if probe:
+            probe.print_some()
+    note(f"done: {training_args.output_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Refused as refusal:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"refused: {refusal}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

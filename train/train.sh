@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Train on this machine. With nothing set it trains the embedded example; otherwise export or edit these, or give flags of train.py:
+#
+#   MODEL_PATH=/models/Hunyuan-7B-Instruct TRAIN_DATA_FILE=rows.jsonl bash train.sh --max_steps 200
+#
+# A flag wins over a variable and over the recipe below; `python train.py --help` lists them. The exit code is the training's.
+set -euo pipefail
+
+# ------------------------------------------------------------------------------------------------- what to train
+MODEL_PATH=${MODEL_PATH:-}            # model directory; empty: the embedded example
+TOKENIZER_PATH=${TOKENIZER_PATH:-}    # tokenizer directory; empty: MODEL_PATH
+TRAIN_DATA_FILE=${TRAIN_DATA_FILE:-}  # jsonl of conversations; must be given with a MODEL_PATH
+OUTPUT_DIR=${OUTPUT_DIR:-}            # where everything goes; empty: train/output/<name of MODEL_PATH>[-lora]
+DS_CONFIG=${DS_CONFIG:-}              # ds_zero2_no_offload.json, ds_zero3_no_offload.json, ds_zero3_offload.json, a path, or none;
+                                      # empty: ds_zero3_no_offload.json on GPUs, none on a CPU
+HOST_GPU_NUM=${HOST_GPU_NUM:-}        # processes; empty: one a GPU, or one on a CPU
+MASTER_PORT=${MASTER_PORT:-0}         # where the processes meet; 0: a free port
+
+# -------------------------------------------------------------------------------------------------------- the recipe
+RECIPE=(
+    --bf16  # on GPUs
+    --gradient_checkpointing
+    --per_device_train_batch_size 1
+    --gradient_accumulation_steps 1
+    --max_seq_length 4096
+    --num_train_epochs 1
+    --learning_rate 1e-5  # with --use_lora 1e-4
+    --min_lr 1e-6         # with --use_lora 1e-5
+    --lr_scheduler_type cosine_with_min_lr
+    --warmup_ratio 0.01
+    --logging_steps 1
+    --save_steps 100
+    --save_total_limit 2
+)
+LORA_RECIPE=(--learning_rate 1e-4 --min_lr 1e-5)
+EXAMPLE_RECIPE=(  # a small MoE from random weights; see example/make_example.py
+    --num_layers 2 --hidden_size 128 --intermediate_size 256 --num_attention_heads 4 --num_key_value_heads 2
+    --num_experts 4 --moe_topk 2 --max_position_embeddings 512
+    --max_seq_length 512 --max_steps 500 --per_device_train_batch_size 32
+    --learning_rate 2e-3 --min_lr 1e-4 --lr_scheduler_type cosine_with_min_lr --warmup_steps 20
+    --logging_steps 10 --save_steps 250 --save_total_limit 1
+)
+# ------------------------------------------------------------------------------------------------------------------
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+PYTHON=$(command -v python3 || command -v python) || { echo "refused: no python3 on the PATH" >&2; exit 2; }
+refuse() { echo "refused: $*" >&2; exit 2; }
+
+# flag NAME: the value that the command line gives --NAME (the last one; "true" where it has none), else nothing
+flag() {
+    local name value="" i args=("${@:2}")
+    for ((i = 0; i < ${#args[@]}; i++)); do
+        name=${args[i]%%=*} && name=${name//-/_}
+        [ "$name" = "__$1" ] || continue
+        if [[ ${args[i]} == *=* ]]; then value=${args[i]#*=}
+        elif [[ ${args[i+1]:---} == --* ]]; then value=true
+        else value=${args[i+1]}; fi
+    done
+    printf %s "$value"
+}
+given() { [[ -n $1 && ${1,,} != false && $1 != 0 && ${1,,} != no ]]; }
+
+# 1. What the flags say about the variables.
+for pair in MODEL_PATH:model_name_or_path TOKENIZER_PATH:tokenizer_name_or_path TRAIN_DATA_FILE:train_data_file \
+            OUTPUT_DIR:output_dir DS_CONFIG:deepspeed; do
+    value=$(flag "${pair#*:}" "$@"); [ -z "$value" ] || printf -v "${pair%%:*}" %s "$value"
+done
+RESUME=$(flag resume_from_checkpoint "$@")
+LORA=$(flag use_lora "$@")
+case ${NODE_IP_LIST:-${IP_LIST:-}} in *,*) refuse "NODE_IP_LIST=${NODE_IP_LIST:-$IP_LIST}: several nodes are not supported yet; unset it" ;; esac
+
+# 2. The machine.
+if [ "${CUDA_VISIBLE_DEVICES-unset}" = unset ]; then GPUS=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+else GPUS=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[0-9A-Za-z]' || true); [ "$CUDA_VISIBLE_DEVICES" != -1 ] || GPUS=0; fi
+given "$(flag use_cpu "$@")" && GPUS=0
+[ "$GPUS" -gt 0 ] || unset 'RECIPE[0]'
+HOST_GPU_NUM=${HOST_GPU_NUM:-$((GPUS > 0 ? GPUS : 1))}
+[[ $HOST_GPU_NUM =~ ^[1-9][0-9]*$ ]] || refuse "HOST_GPU_NUM=$HOST_GPU_NUM: must be a number from 1"
+DS_CONFIG=${DS_CONFIG:-$([ "$GPUS" -gt 0 ] && echo ds_zero3_no_offload.json || echo none)}
+
+# 3. The model and its rows.
+EXAMPLE=$HERE/example
+FLAGS=("${RECIPE[@]}")
+given "$LORA" && FLAGS+=("${LORA_RECIPE[@]}")
+if [ -n "$RESUME" ] && [ -z "$MODEL_PATH" ]; then
+    [ -n "$TRAIN_DATA_FILE" ] || refuse "TRAIN_DATA_FILE is not set: with --resume_from_checkpoint the rows must be given"
+    OUTPUT_DIR=${OUTPUT_DIR:-$(dirname "$RESUME")}
+elif [ -n "$MODEL_PATH" ]; then
+    [ -n "$TRAIN_DATA_FILE" ] || refuse "TRAIN_DATA_FILE is not set: the rows to train $MODEL_PATH on"
+    OUTPUT_DIR=${OUTPUT_DIR:-$HERE/output/$(basename "$(realpath -m -- "$MODEL_PATH")")$(given "$LORA" && echo -lora || true)}
+elif given "$LORA"; then
+    MODEL_PATH=$HERE/output/example
+    [ -f "$MODEL_PATH/config.json" ] || refuse "--use_lora without MODEL_PATH adapts the trained example, which is not there: run first: bash $0"
+    [ -n "$OUTPUT_DIR" ] || FLAGS+=(--overwrite_output_dir)
+    OUTPUT_DIR=${OUTPUT_DIR:-$HERE/output/example-lora}
+else
+    FLAGS=("${EXAMPLE_RECIPE[@]}" --overwrite_output_dir --probe_file "$EXAMPLE/prompts.jsonl")
+    [ "$GPUS" -eq 0 ] || FLAGS+=(--bf16)
+    TOKENIZER_PATH=${TOKENIZER_PATH:-$EXAMPLE/tokenizer}
+    OUTPUT_DIR=${OUTPUT_DIR:-$HERE/output/example}
+fi
+TRAIN_DATA_FILE=${TRAIN_DATA_FILE:-$EXAMPLE/rows.jsonl}
+
+# 4. A flag that excludes a part of the recipe takes that part out.
+without() { local out=() f; for f in "${FLAGS[@]}"; do [ "$f" = "$1" ] || out+=("$f"); done; FLAGS=("${out[@]}"); }
+given "$(flag fp16 "$@")" && without --bf16
+[ -z "$(flag warmup_steps "$@")" ] || { without --warmup_ratio; without 0.01; }
+
+FLAGS+=(--train_data_file "$TRAIN_DATA_FILE" --output_dir "$OUTPUT_DIR" --deepspeed "$DS_CONFIG")
+[ -z "$MODEL_PATH" ] || FLAGS+=(--model_name_or_path "$MODEL_PATH")
+[ -z "$TOKENIZER_PATH" ] || FLAGS+=(--tokenizer_name_or_path "$TOKENIZER_PATH")
+COMMAND=("$PYTHON" "$HERE/train.py" "${FLAGS[@]}" "$@")
+[ "$HOST_GPU_NUM" -eq 1 ] || COMMAND=("$PYTHON" "$HERE/launch.py" "$HOST_GPU_NUM" "$MASTER_PORT" "${COMMAND[@]:1}")
+
+# 5. Run: output also in a log file, signals passed on, the exit code kept.
+mkdir -p "$OUTPUT_DIR"
+LOG=$OUTPUT_DIR/log_$(date +%Y%m%d-%H%M%S).txt
+exec > >(trap '' INT TERM HUP; exec tee -a "$LOG") 2>&1
+TEE=$!
+set -m  # the training in a process group of its own, with SIGINT not ignored
+"${COMMAND[@]}" &
+TRAINING=$!
+for signal in INT TERM HUP; do trap "kill -$signal $TRAINING 2>/dev/null || true" $signal; done
+set +e
+while kill -0 $TRAINING 2>/dev/null; do wait $TRAINING; CODE=$?; done
+wait $TRAINING; LAST=$?
+[ $LAST -eq 127 ] || CODE=$LAST
+exec >&- 2>&-
+wait $TEE
+exit "$CODE"

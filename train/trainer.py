@@ -1,0 +1,79 @@
+"""Hugging Face's Trainer with four things of ours: real tokens are counted, a lowest learning rate holds for every
+scheduler, what is saved follows the precision rule, and each saved directory stands alone."""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from callbacks import Meter
+from checkpoint import cast, complete_directory, fp32_tensors, master_values
+
+TAKES_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
+
+
+class Trainer(transformers.Trainer):
+    """transformers.Trainer.
+
+    Args:
+        base: the model's directory, whose files make a checkpoint whole (None: built from flags).
+        tokenizer_path: the tokenizer's directory.
+        tokenizer: written where `tokenizer_path` is not a directory. Not handed on as `processing_class`: the Trainer
+        would change the
+            special tokens in the model's config after it.
+    """
+
+    def __init__(self, *args, meter: Meter, base: str | None, tokenizer_path: str, tokenizer, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.meter, self.base, self.tokenizer_path, self.tokenizer = meter, base, tokenizer_path, tokenizer
+        self.add_callback(meter)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Count what a step really processes."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.meter.count(batches)
+        return batches, num_items_in_batch
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """After the warmup every scheduler's factor f in [0, 1] becomes low + (1 - low) f, with low = min_lr / learning_rate."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.min_lr and self.args.lr_scheduler_type not in TAKES_MIN_LR:
+            low, warmup = self.args.min_lr / self.args.learning_rate, self.args.get_warmup_steps(num_training_steps)
+            scheduler.lr_lambdas = [
+                lambda step, factor=factor: factor(step) if step < warmup else low + (1 - low) * factor(step)
+                for factor in scheduler.lr_lambdas
+            ]
+        return scheduler
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save weights or adapter. The Trainer itself calls with `_internal_call` for a checkpoint, train.py without
+        for the end."""
+        self.is_final_save = not _internal_call
+        self.masters = {}
+        if self.is_deepspeed_enabled and self.deepspeed is not None:  # collective: before rank 0 goes on alone
+            trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+            self.masters = master_values(self.model, trained if self.is_adapter else trained & fp32_tensors(self.base))
+        super().save_model(output_dir, _internal_call)
+        self.masters = {}
+
+    @property
+    def is_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if self.is_adapter:
+            adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            dtype, state_dict = None, {name: self.masters.get(name, p.detach()).float() for name, p in adapter.items()}
+        else:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            if not self.is_deepspeed_enabled and not self.is_final_save:
+                dtype = torch.float32  # here the weights are the masters: resuming is exact
+            state_dict = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = cast({**state_dict, **self.masters}, dtype, fp32_tensors(self.base))
+            for tied in getattr(self.model, "all_tied_weights_keys", {}):
+                state_dict.pop(tied, None)  # ZeRO-2 hands out both names of a tied tensor
+        super()._save(output_dir, state_dict=state_dict)
+        complete_directory(directory, self.base, self.tokenizer_path, self.tokenizer, dtype)
