@@ -7,12 +7,14 @@ file name that it does not read again.
 """
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from console import Refused, note
@@ -28,7 +30,7 @@ NOT_COPIED = (
     "log_*.txt",
     "*.png",
 )
-NOT_COPIED += ("latest", "zero_to_fp32.py")  # of DeepSpeed's checkpoint
+NOT_COPIED += ("latest", "zero_to_fp32.py", "zero_to_torch.py")  # of DeepSpeed's checkpoint
 
 
 def holds_run(output_dir: Path) -> bool:
@@ -73,7 +75,49 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
             set_aside(output)
 
 
+# ------------------------------------------------------------------------------------------------ a finished run
+
+
+def steps_of_run(args: TrainingArguments, num_examples: int) -> int:
+    """Optimizer steps that the arguments ask for, counted as the Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    round_up = math.floor if args.dataloader_drop_last else math.ceil
+    batches = round_up(round_up(num_examples / args.per_device_train_batch_size) / args.world_size)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+def last_step(checkpoint: str) -> int:
+    """The step that a checkpoint was written at."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+
+
+def finish_from(checkpoint: Path, args: TrainingArguments, base: str | None, tokenizer_path: str, tokenizer) -> None:
+    """Write the final files of a run whose last step is in `checkpoint`: no step is left to make."""
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    adapter = (checkpoint / "adapter_config.json").is_file()
+    dtype = torch.float32 if adapter else save_dtype(args)
+    for file in checkpoint.glob("*.safetensors"):
+        save_file(cast(load_file(file), dtype, fp32_tensors(base)), output / file.name, metadata={"format": "pt"})
+    for name in ("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json"):
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, output / name)
+    complete_directory(output, base or str(checkpoint), tokenizer_path, tokenizer, None if adapter else dtype)
+    shutil.copyfile(checkpoint / "trainer_state.json", output / "trainer_state.json")
+    if not (output / "train_results.json").exists():
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+        figures = {"global_step": state["global_step"], "train_loss": sum(losses) / len(losses) if losses else None}
+        (output / "train_results.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
 # --------------------------------------------------------------------------------------------------- what is written
+
+
+def save_dtype(args: TrainingArguments) -> torch.dtype:
+    """The dtype of the final model: half precision where a flag asks for it."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def fp32_tensors(base: str | None) -> set[str]:
@@ -86,7 +130,7 @@ def fp32_tensors(base: str | None) -> set[str]:
     names = set()
     for file in Path(base).glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            names |= {name for name in tensors.keys() if tensors.get_slice(name).get_dtype() == "F32"}
+            names |= {name for name in tensors.keys() if tensors.get_slice(name).get_dtype() == "F32"}  # noqa: SIM118
     return names
 
 

@@ -2,8 +2,8 @@
 
     python launch.py NPROC PORT train.py --flag value …
 
-Not torchrun, because that makes 1 of every exit code and answers a signal with a code of its own; here the exit code is that of the first
-process that failed (128 + n where signal n killed it). Standard library only: it starts at once.
+Not torchrun, because that makes 1 of every exit code and answers a signal with a code of its own; here the code is
+that of the first process that failed (128 + n where signal n killed it). Standard library only: it starts at once.
 """
 
 import ctypes
@@ -38,9 +38,7 @@ def start(nproc: int, port: int, command: list[str]) -> list[subprocess.Popen]:
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes.append(
-            subprocess.Popen(
-                [sys.executable, *command], env=env, start_new_session=True, preexec_fn=die_with_parent
-            )
+            subprocess.Popen([sys.executable, *command], env=env, start_new_session=True, preexec_fn=die_with_parent)
         )
     return processes
 
@@ -52,7 +50,7 @@ def send(processes: list[subprocess.Popen], number: int) -> None:
 
 
 def wait(processes: list[subprocess.Popen]) -> int:
-    """Wait for all; when one fails give the others a while, then end them. Returns the first failure's exit code, else 0."""
+    """Wait for all; when one fails give the others a while, then end them. Returns the first failure or 0."""
     first, deadline = 0, None
     while any(process.poll() is None for process in processes):
         if first == 0:

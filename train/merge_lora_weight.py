@@ -6,9 +6,9 @@
 
 Works on the safetensors files shard by shard and never builds the model: it needs memory for about one shard. A weight
 is merged in fp32 and rounded once; names, shards, index and all other files are the base's, config.json but for its
-dtype. The result is written beside the output and renamed at the end. Refused (exit code 2, nothing at the output): an
-adapter that is empty, does not fit the base or is more than LoRA or DoRA on linear layers; a base that is quantised, not
-safetensors or not whole; an output that is not empty; values that do not fit the dtype; a full disk.
+dtype. It is written beside the output and renamed at the end. Refused (exit code 2, nothing at the output): an adapter
+that is empty, does not fit the base or is more than LoRA or DoRA on linear layers; a base that is quantised, not whole
+or not safetensors; an output that is not empty; values that do not fit the dtype; a full disk.
 """
 
 import argparse
@@ -166,7 +166,7 @@ def plan_updates(adapter: Path, tensors: dict[str, Stored], tied: bool) -> tuple
 
 
 def plan_files(tensors: dict[str, Stored], sizes: dict[str, int], limit: int) -> list[tuple[str, list[str]]]:
-    """[(file to write, its tensors)]: the base's files; one that exceeds `limit` bytes is split, all are renumbered."""
+    """[(file to write, its tensors)]: the base's files; one above `limit` bytes is split, all are renumbered."""
     parts, filled = [], 0
     for name, tensor in tensors.items():
         if not parts or parts[-1][0] != tensor.file or filled + sizes[name] > limit:
@@ -180,8 +180,8 @@ def plan_files(tensors: dict[str, Stored], sizes: dict[str, int], limit: int) ->
 
 
 def left_out(folder: str | Path, names: list[str]) -> set[str]:
-    """Entries of the base directory that are not copied: see LEFT_OUT; hidden directories; models and adapters of their
-    own, like checkpoints."""
+    """Entries of the base directory that are not copied: LEFT_OUT, hidden directories, and models and adapters of their
+    own (checkpoints)."""
     inner = {name for name in names if Path(folder, name).is_dir()}
     marks = ("config.json", "adapter_config.json")
     apart = {name for name in inner if name[0] == "." or any(Path(folder, name, mark).exists() for mark in marks)}
@@ -310,8 +310,8 @@ def main(argv: list[str] | None = None) -> None:
                     result = merged(tensor, updates[name], adapter_file) if name in updates else tensor
                     shard[name] = result.to(STORED.get(dtypes[name], tensor.dtype))
                     if shard[name] is not tensor and not shard[name].isfinite().all():
-                        refuse(f"{name} is not finite in {shard[name].dtype}: a damaged adapter, or a value beyond the "
-                               "dtype's range (--save_dtype bf16 or fp32 has room for it)")
+                        refuse(f"{name} is not finite in {shard[name].dtype}: the adapter is damaged, or a value is too "
+                               "large for the dtype (--save_dtype bf16 and fp32 have room)")
                 save_file(shard, temporary / file, source.metadata() or {"format": "pt"})
             if index or len(parts) > 1:
                 places = {name: file for file, names in parts for name in names}
@@ -334,8 +334,8 @@ def main(argv: list[str] | None = None) -> None:
     # 6. What it computes
     if args.verify == "logits":
         expected, found = logits(base, adapter), logits(output)
-        print(f"verify logits = {(expected - found).abs().max():.3g} (largest difference from base + adapter with PEFT, "
-              f"32 fixed tokens in fp32; largest logit {expected.abs().max():.3g})")
+        print(f"verify logits = {(expected - found).abs().max():.3g} (largest difference from base + adapter in PEFT, "
+              f"32 fixed tokens, fp32; largest logit {expected.abs().max():.3g})")
 
 
 if __name__ == "__main__":

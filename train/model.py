@@ -38,6 +38,7 @@ def check_directory(args: ModelArguments) -> None:
                 "neither --model_name_or_path nor --tokenizer_name_or_path is given: one of them brings the tokenizer"
             )
         check_architecture(args)
+        check_tokenizer_directory(args)
         return
     if looks_local(path):
         directory = Path(path)
@@ -51,9 +52,13 @@ def check_directory(args: ModelArguments) -> None:
             raise Refused(
                 f"--model_name_or_path {path}: is quantised (quantization_config in config.json): train its base"
             )
-    if args.tokenizer_name_or_path and looks_local(args.tokenizer_name_or_path):
-        if not Path(args.tokenizer_name_or_path).is_dir():
-            raise Refused(f"--tokenizer_name_or_path {args.tokenizer_name_or_path}: no such directory")
+    check_tokenizer_directory(args)
+
+
+def check_tokenizer_directory(args: ModelArguments) -> None:
+    path = args.tokenizer_name_or_path
+    if path and looks_local(path) and not Path(path).is_dir():
+        raise Refused(f"--tokenizer_name_or_path {path}: no such directory")
 
 
 def take_up(args: ModelArguments, training: TrainingArguments) -> str | None:

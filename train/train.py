@@ -1,13 +1,14 @@
 """Fine-tune a Hunyuan model on a jsonl of conversations.
 
-    bash train.sh                                                                  # the embedded example, on whatever the machine has
-    MODEL_PATH=… TRAIN_DATA_FILE=rows.jsonl bash train.sh                          # all weights, every GPU of this machine
-    MODEL_PATH=… TRAIN_DATA_FILE=rows.jsonl bash train.sh --use_lora               # an adapter
-    python train.py --model_name_or_path … --train_data_file rows.jsonl --output_dir out      # one process, no launcher
+    bash train.sh                                                         # the embedded example, on any machine
+    MODEL_PATH=… TRAIN_DATA_FILE=rows.jsonl bash train.sh                 # all weights, every GPU of this machine
+    MODEL_PATH=… TRAIN_DATA_FILE=rows.jsonl bash train.sh --use_lora      # an adapter
+    python train.py --model_name_or_path … --train_data_file rows.jsonl --output_dir out       # no launcher
     torchrun --nproc_per_node 8 train.py … --deepspeed ds_zero3_no_offload.json --bf16
-    python train.py config.yaml                                                    # the flags, in a file
+    python train.py config.yaml                                           # the flags, in a file
 
-Exit codes: 0 done, 2 refused before training (one message says what and where), 3 stopped itself at a non-finite loss, else failed.
+Exit codes: 0 done, 2 refused before training (one message says what and where), 3 stopped itself at a non-finite loss,
+anything else: failed.
 """
 
 import json
@@ -21,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from arguments import note_without_effect, parse_arguments
 from callbacks import Meter, Probe, ProgressLine, StopOnNonFinite
-from checkpoint import check_output_dir
+from checkpoint import check_output_dir, finish_from, last_step, steps_of_run
 from console import Refused, note
 from data import Collator, load_examples
 from model import check_directory, load_model, load_tokenizer, number_of_parameters, take_up, takes_supervised_head
@@ -43,6 +44,11 @@ def main(argv: list[str]) -> None:
         f"{examples.num_rows} rows: {len(examples)} sequences to train on, "
         f"{examples.num_rows_unsupervised} rows left without a supervised token"
     )
+    if resume and last_step(resume) >= steps_of_run(training_args, len(examples)):
+        note(f"{resume} is the end of a finished run: no step is left, its final files are written")
+        if training_args.should_save:
+            finish_from(Path(resume), training_args, base, model_args.tokenizer_name_or_path, tokenizer)
+        return
     probe = Probe(training_args.probe_file, tokenizer) if training_args.probe_file else None
 
     # 3. Model. Seeded before: what is drawn at random is drawn here.

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from callbacks import Meter
-from checkpoint import cast, complete_directory, fp32_tensors, master_values
+from checkpoint import cast, complete_directory, fp32_tensors, master_values, save_dtype
 
 TAKES_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
 
@@ -35,7 +35,7 @@ class Trainer(transformers.Trainer):
         return batches, num_items_in_batch
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """After the warmup every scheduler's factor f in [0, 1] becomes low + (1 - low) f, with low = min_lr / learning_rate."""
+        """After the warmup a scheduler's factor f becomes low + (1 - low) f, with low = min_lr / learning_rate."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.args.min_lr and self.args.lr_scheduler_type not in TAKES_MIN_LR:
             low, warmup = self.args.min_lr / self.args.learning_rate, self.args.get_warmup_steps(num_training_steps)
@@ -68,7 +68,7 @@ class Trainer(transformers.Trainer):
             adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             dtype, state_dict = None, {name: self.masters.get(name, p.detach()).float() for name, p in adapter.items()}
         else:
-            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            dtype = save_dtype(self.args)
             if not self.is_deepspeed_enabled and not self.is_final_save:
                 dtype = torch.float32  # here the weights are the masters: resuming is exact
             state_dict = self.model.state_dict() if state_dict is None else state_dict

@@ -1,0 +1,173 @@
+"""Speed, memory and losses of train.py beside a plain HF Trainer loop, on the real rows and the real vocabulary.
+
+    python tests/benchmarks/bench_plain_vs_ours.py [--steps 12] [--repeats 3]
+
+Needs ../shared. For a dense and a MoE model it alternates three ways, each run a process of its own: the plain loop
+(padded, full logits, the model's own loss), train.py padded, and train.py with `--packing batch`; fp32, batch 8.
+Tokens/s counts real tokens, padding left out, without the first step; memory is the process's peak resident size as
+the kernel reports it. The table comes last; progress and what the runs print are kept in the working directory.
+
+One run of the plain loop alone (this is what the tests compare with; also under torchrun):
+
+    python tests/benchmarks/bench_plain_vs_ours.py --mode plain --model M --rows D --out O --steps 4 [--batch_size 8]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Neither imports torch: a child's peak counts from what its parent held when it was started.
+from conftest import SHARED, TRAIN, losses, make_hy_tokenizer, make_model_dir
+
+ROWS = SHARED / "data" / "car_train.jsonl"
+# As in the table that the project compares with: hidden 256, 4 layers, embedding and head of their own.
+SIZE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "tie": False}
+WAYS = {"plain": None, "ours padded": "none", "ours packed": "batch"}
+
+
+# --- one run -------------------------------------------------------------------------------------------------------
+
+
+def plain(args: argparse.Namespace) -> None:
+    """The plain loop: HF Trainer as it is; writes `plain.json` with the keys of train_results.json to `--out`."""
+    import reference
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_end(self, *_, **__) -> None:
+            self.times.append(time.perf_counter())
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    rows = reference.encode_rows(args.rows, tokenizer, max_seq_length=1024)
+    options = TrainingArguments(
+        output_dir=args.out, use_cpu=True, max_steps=args.steps, learning_rate=1e-4, report_to="none",
+        per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulation,
+        logging_steps=1, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    clock = Clock()
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(args.model, dtype="float32"), options, train_dataset=rows,
+        data_collator=lambda batch: reference.pad(batch, tokenizer.pad_token_id), callbacks=[clock],
+    )  # fmt: skip
+    trainer.train()
+    # Without this one gloo run in fifteen aborts while it exits ("terminate called without an active exception").
+    trainer.accelerator.end_training()
+    if not trainer.is_world_process_zero():
+        return
+    order = reference.trainer_order(
+        len(rows), options.seed, options.world_size, args.batch_size, args.accumulation, args.steps
+    )
+    tokens = [sum(len(rows[i]["input_ids"]) for batch in step for i in batch) for step in order]
+    seconds = clock.times[-1] - clock.times[0]
+    results = {
+        "tokens": sum(tokens),
+        "tokens_per_second": sum(tokens[1:]) / seconds if seconds else None,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+    (Path(args.out) / "plain.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+def measure(way: str, model: Path, out: Path, steps: int) -> dict:
+    """Runs one way to its end: tokens, tokens/s, losses and the process's peak resident size in bytes."""
+    if way == "plain":
+        command = [__file__, "--mode", "plain", "--model", model, "--rows", ROWS, "--out", out, "--steps", steps]
+    else:
+        command = [
+            TRAIN / "train.py", "--model_name_or_path", model, "--train_data_file", ROWS, "--output_dir", out,
+            "--overwrite_output_dir", "--per_device_train_batch_size", 8, "--max_steps", steps, "--logging_steps", 1,
+            "--learning_rate", 1e-4, "--max_seq_length", 1024, "--save_strategy", "no", "--report_to", "none",
+            "--packing", WAYS[way],
+        ]  # fmt: skip
+    out.mkdir(parents=True)
+    log = out.with_suffix(".log")
+    with log.open("w") as file:
+        child = subprocess.Popen([sys.executable, *map(str, command)], stdout=file, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        sys.exit(f"{way}: exit code {child.returncode}; the end of {log}:\n{tail}")
+    if way == "plain":
+        results = json.loads((out / "plain.json").read_text(encoding="utf-8"))
+    else:
+        results = json.loads((out / "train_results.json").read_text(encoding="utf-8")) | {"losses": losses(out)}
+    return results | {"peak": usage.ru_maxrss * 1024}
+
+
+# --- the comparison ------------------------------------------------------------------------------------------------
+
+
+def table(runs: dict[str, dict[str, list[dict]]]) -> str:
+    """Medians, spread (fastest ÷ slowest) and ratios to the plain loop, one line a way."""
+    head = f"{'model':<6} {'way':<12} {'tokens/s':>9} {'spread':>7} {'ratio':>6} {'peak GB':>8} {'ratio':>6}"
+    lines = [head + f" {'first loss':>11} {'last loss':>11} {'max |Δ|':>8}"]
+    for kind, ways in runs.items():
+        base = {}
+        for way, results in ways.items():
+            speeds = [result["tokens_per_second"] for result in results]
+            speed, peak = statistics.median(speeds), statistics.median(result["peak"] for result in results)
+            history = results[0]["losses"]
+            base = base or {"speed": speed, "peak": peak, "losses": history, "tokens": results[0]["tokens"]}
+            difference = max(abs(a - b) for a, b in zip(history, base["losses"], strict=True))
+            same = "" if results[0]["tokens"] == base["tokens"] else "  other tokens!"
+            lines.append(
+                f"{kind:<6} {way:<12} {speed:>9.0f} {max(speeds) / min(speeds):>6.2f}× {speed / base['speed']:>5.2f}×"
+                f" {peak / 1e9:>8.2f} {peak / base['peak']:>5.2f}× {history[0]:>11.6f} {history[-1]:>11.6f}"
+                f" {difference:>8.0e}{same}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps a run, at least 2 (default 12)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each way (default 3)")
+    parser.add_argument("--kinds", nargs="+", choices=["dense", "moe"], default=["dense", "moe"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first is the base")
+    parser.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every run (default 2)")
+    parser.add_argument("--mode", choices=["compare", "build", "plain"], default="compare", help="compare: everything")
+    parser.add_argument("--model", help="plain, build: model directory")
+    parser.add_argument("--rows", help="plain: jsonl file")
+    parser.add_argument("--out", help="plain: output directory")
+    parser.add_argument("--batch_size", type=int, default=8, help="plain: rows a process and micro-batch")
+    parser.add_argument("--accumulation", type=int, default=1, help="plain: micro-batches a step")
+    args = parser.parse_args()
+    if args.mode == "plain":
+        return plain(args)
+    if not ROWS.is_file():
+        sys.exit("no ../shared: put the folder with data/hy.tiktoken and data/car_train.jsonl beside the repository")
+    if args.mode == "build":
+        tokenizer = make_hy_tokenizer(Path(args.model) / "hy_tokenizer")
+        for kind in args.kinds:
+            make_model_dir(kind, tokenizer, Path(args.model) / kind, **SIZE)
+        return None
+
+    os.environ |= {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+        work = Path(folder)
+        # In a process of its own, so that this one stays small.
+        subprocess.run([sys.executable, __file__, "--mode", "build", "--model", folder], check=True)
+        runs: dict[str, dict[str, list[dict]]] = {kind: {way: [] for way in args.ways} for kind in args.kinds}
+        for repeat in range(args.repeats):
+            for kind in args.kinds:
+                for way in args.ways:
+                    result = measure(way, work / kind, work / f"{kind}-{way.replace(' ', '-')}-{repeat}", args.steps)
+                    runs[kind][way].append(result)
+                    print(f"{kind} {way} {repeat + 1}/{args.repeats}: {result['tokens_per_second']:.0f} tokens/s, "
+                          f"{result['peak'] / 1e9:.2f} GB", flush=True)  # fmt: skip
+    print(table(runs))
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Fixtures and helpers of all tests: tokenizers, tiny model directories, runs of train.py as real processes.
+
+The helpers are plain functions and fixtures of the same name: a test asks for `run_train`, a script imports it.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+REPO = TESTS.parent
+TRAIN = REPO / "train"
+SHARED = REPO.parent / "shared"
+EXAMPLE_TOKENIZER = TRAIN / "example" / "tokenizer"
+
+MARKERS = {
+    "campaign": "long tables, deselected by default: pytest -m campaign",
+    "needs_gxx": "compiles a DeepSpeed extension: needs g++ and ninja",
+    "needs_gpu": "needs an NVIDIA GPU that torch can use",
+}
+
+
+# --- markers -------------------------------------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, text in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips by name, with what to install."""
+    if item.get_closest_marker("needs_gxx"):
+        missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
+        if missing:
+            pytest.skip(f"no {' and no '.join(missing)}: install g++ and ninja (apt install g++ ninja-build)")
+    if item.get_closest_marker("needs_gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU that torch can use: run on a machine with an NVIDIA GPU and its driver")
+
+
+# --- real input and tokenizers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with the real rows (`data/car_train.jsonl`) and the real vocabulary (`data/hy.tiktoken`)."""
+    if not (SHARED / "data" / "hy.tiktoken").is_file():
+        pytest.skip("no ../shared: put the folder (data/hy.tiktoken, data/car_train.jsonl) beside the repository")
+    return SHARED
+
+
+def make_hy_tokenizer(out: Path) -> Path:
+    """Writes a tokenizer directory with code of its own and the real vocabulary (128,167 tokens); needs ../shared."""
+    out.mkdir(parents=True, exist_ok=True)
+    for file in (*(TESTS / "fixtures" / "hy_tokenizer").glob("*.*"), SHARED / "data" / "hy.tiktoken"):
+        # Contents only: files of a read-only folder would give a read-only copy.
+        shutil.copyfile(file, out / file.name)
+    return out
+
+
+@pytest.fixture(scope="session")
+def hy_tokenizer_dir(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of `fixtures/hy_tokenizer` with the real vocabulary. Do not write into it."""
+    return make_hy_tokenizer(tmp_path_factory.mktemp("tokenizer") / "hy_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def example_tokenizer_dir() -> Path:
+    """The embedded example's own tokenizer: one token a character, the same chat format, no code of its own."""
+    return EXAMPLE_TOKENIZER
+
+
+@pytest.fixture(scope="session")
+def example_rows() -> Path:
+    """The embedded example's rows."""
+    return TRAIN / "example" / "rows.jsonl"
+
+
+# --- model directories ---------------------------------------------------------------------------------------------
+
+
+def make_model_dir(
+    kind: str,
+    tokenizer_dir: Path,
+    out: Path,
+    dtype: str = "float32",
+    tie: bool = True,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    **config,
+) -> Path:
+    """Writes a randomly initialised model with the tokenizer beside it, and returns `out`.
+
+    Args:
+        kind: `dense` (HunYuanDenseV1) or `moe` (HunYuanMoEV1: 4 experts, top-2, one shared expert).
+        tokenizer_dir: its files are copied; its special tokens are the model's.
+        dtype: of the weights on disk, by torch's name.
+        tie: whether the head is the embedding.
+        vocab_size: rows of the embedding; default the tokenizer's length.
+        config: further or other keys of the model's configuration. `head_dim` follows `hidden_size` and
+            `num_attention_heads` unless given.
+    """
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        HunYuanDenseV1Config,
+        HunYuanDenseV1ForCausalLM,
+        HunYuanMoEV1Config,
+        HunYuanMoEV1ForCausalLM,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=True)
+    keys = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "vocab_size": vocab_size or len(tokenizer),
+        "tie_word_embeddings": tie,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "eod_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if kind == "moe":
+        keys |= {"num_experts": 4, "moe_topk": 2}
+    keys |= config
+    keys.setdefault("head_dim", keys["hidden_size"] // keys["num_attention_heads"])
+    classes = {
+        "dense": (HunYuanDenseV1Config, HunYuanDenseV1ForCausalLM),
+        "moe": (HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM),
+    }
+    config_class, model_class = classes[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config_class(**keys))
+    model.to(getattr(torch, dtype)).save_pretrained(out)
+    for file in Path(tokenizer_dir).iterdir():
+        if file.is_file() and file.name != "config.json":
+            shutil.copyfile(file, Path(out) / file.name)
+    return Path(out)
+
+
+@pytest.fixture(scope="session", name="make_model_dir")
+def _make_model_dir():
+    return make_model_dir
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory):
+    """`model_dir(kind, tokenizer_dir, **options)`: like make_model_dir, made once a session. Do not write into it."""
+    made: dict[tuple, Path] = {}
+
+    def get(kind: str, tokenizer_dir: Path, **options) -> Path:
+        key = (kind, str(tokenizer_dir), *sorted(options.items()))
+        if key not in made:
+            made[key] = make_model_dir(kind, tokenizer_dir, tmp_path_factory.mktemp("models") / kind, **options)
+        return made[key]
+
+    return get
+
+
+# --- runs of train.py ----------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def launch_command(script: Path, launcher: str = "python", nproc: int = 1) -> list[str]:
+    """The command that starts `nproc` processes of `script` on this machine by `python`, `torchrun` or `deepspeed`."""
+    port = str(free_port())
+    if launcher == "torchrun":
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(nproc), "--master_port", port]
+    elif launcher == "deepspeed":
+        launch = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(nproc), "--master_port", port]
+    elif launcher == "python" and nproc == 1:
+        launch = []
+    else:
+        raise ValueError(f"launcher {launcher!r} with nproc {nproc}")
+    return [sys.executable, *launch, str(script)]
+
+
+def run_command(command: list[str], env: dict[str, str] | None = None, timeout: float = 600, cwd: Path | None = None):
+    """Runs `command` to its end in a session of its own and returns CompletedProcess with text.
+
+    After `timeout` seconds the whole session is killed, children included, and subprocess.TimeoutExpired holds what
+    was printed until then. The rendezvous variables of a surrounding job are not passed on, nor is the network used.
+    """
+    job = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    full_env = {key: value for key, value in os.environ.items() if key not in job}
+    full_env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | (env or {})
+    process = subprocess.Popen(
+        command, env=full_env, cwd=cwd, text=True, errors="replace", start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise subprocess.TimeoutExpired(command, timeout, stdout, stderr) from None
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def run_train(
+    args: list[str],
+    launcher: str = "python",
+    nproc: int = 1,
+    env: dict[str, str] | None = None,
+    timeout: float = 600,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess:
+    """Runs `train/train.py` with `args` as a real process, or `nproc` of them; never raises for an exit code.
+
+    Args:
+        launcher: `python`, `torchrun` or `deepspeed`.
+        env: variables added to this process's. With more than one process OMP_NUM_THREADS is 1 unless given here.
+        timeout: in seconds; see run_command.
+        cwd: folder to run in, default the caller's.
+    """
+    env = ({"OMP_NUM_THREADS": "1"} if nproc > 1 else {}) | (env or {})
+    command = launch_command(TRAIN / "train.py", launcher, nproc) + [str(arg) for arg in args]
+    return run_command(command, env, timeout, cwd)
+
+
+def losses(output_dir: Path) -> list[float]:
+    """The loss of each logging step, from `trainer_state.json` in `output_dir` (a run's or a checkpoint's)."""
+    state = json.loads((Path(output_dir) / "trainer_state.json").read_text(encoding="utf-8"))
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="session", name="run_train")
+def _run_train():
+    return run_train
+
+
+@pytest.fixture(scope="session", name="losses")
+def _losses():
+    return losses

@@ -1,0 +1,88 @@
+"""What is read from the command line and from files, and what is refused."""
+
+import json
+
+import pytest
+
+from arguments import parse_arguments
+from console import Refused
+
+BASE = ["--output_dir", "out", "--use_cpu"]
+
+
+def test_old_flags_do_what_they_did(capsys):
+    _, _, args = parse_arguments(
+        [*BASE, "--warmup_ratio", "0.1", "--group_by_length", "--gradient_checkpointing", "--overwrite_output_dir"]
+    )
+    assert args.warmup_steps == 0.1
+    assert args.train_sampling_strategy == "group_by_length"
+    assert args.activation_checkpointing is True
+    assert args.overwrite_output_dir is True
+
+
+def test_warmup_steps_wins_over_ratio(capsys):
+    _, _, args = parse_arguments([*BASE, "--warmup_ratio", "0.1", "--warmup_steps", "7"])
+    assert args.warmup_steps == 7
+    assert "--warmup_ratio has no effect" in capsys.readouterr().out
+
+
+def test_min_lr_reaches_the_cosine_schedule_as_an_absolute_rate():
+    _, _, args = parse_arguments([*BASE, "--lr_scheduler_type", "cosine_with_min_lr", "--min_lr", "1e-6"])
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
+def test_a_config_file_reads_like_flags(tmp_path):
+    """1e-5 without a dot is a text in yaml: it must still arrive as a number."""
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: out\nuse_cpu: true\nlearning_rate: 1e-5\nuse_lora: true\nlora_rank: 8\n")
+    model, _, args = parse_arguments([str(file), "--lora_rank", "4"])
+    assert (args.learning_rate, model.use_lora, model.lora_rank) == (1e-5, True, 4)
+    (tmp_path / "run.json").write_text(json.dumps({"output_dir": "out", "use_cpu": True, "max_steps": 3}))
+    assert parse_arguments([str(tmp_path / "run.json")])[2].max_steps == 3
+
+
+def test_bf16_needs_no_use_cpu_on_a_cpu():
+    _, _, args = parse_arguments(["--output_dir", "out", "--bf16"])
+    assert args.bf16 and args.device.type in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([*BASE, "--max_setps", "3"], "unknown argument --max_setps: did you mean --max_steps?"),
+        ([*BASE, "--learning_rate", "abc"], "--learning_rate/--learning-rate: invalid float value: 'abc'"),
+        ([*BASE, "--lr_scheduler_type", "zigzag"], "--lr_scheduler_type"),
+        ([*BASE, "--packing", "tight"], "--packing: invalid choice: 'tight'"),
+        ([*BASE, "--use_lora", "maybe"], "--use_lora"),
+        ([*BASE, "--lora_rank", "0"], "--lora_rank 0: must be at least 1"),
+        ([*BASE, "--lora_dropout", "1.5"], "--lora_dropout 1.5"),
+        ([*BASE, "--max_seq_length", "1"], "--max_seq_length 1: must be at least 2"),
+        ([*BASE, "--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0"),
+        ([*BASE, "--learning_rate", "-1"], "--learning_rate -1.0"),
+        ([*BASE, "--min_lr", "1"], "--min_lr 1 is above --learning_rate"),
+        ([*BASE, "--warmup_ratio", "2"], "--warmup_ratio 2.0"),
+        ([*BASE, "--deepspeed", "nowhere.json"], "--deepspeed nowhere.json: no such file"),
+        (["--use_cpu"], "--output_dir is not given"),
+        (["nowhere.yaml"], "nowhere.yaml: cannot be read"),
+    ],
+)
+def test_refused_with_the_flag_and_what_was_found(argv, says):
+    with pytest.raises(Refused) as refusal:
+        parse_arguments(argv)
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_deepspeed_file_that_does_not_parse(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": ')
+    with pytest.raises(Refused, match="not valid JSON"):
+        parse_arguments([*BASE, "--deepspeed", str(file)])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "learning_rate: [", "\0"])
+def test_a_config_file_that_is_none(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(Refused, match="run.yaml"):
+        parse_arguments([str(file)])
