@@ -213,8 +213,8 @@ class Probe(TrainerCallback):
         score = self.results()
         step = max(1, len(self.expected) // number)
         for i in range(0, step * number, step):
-            before = " ".join(self.before[i].split())[:30] or "(nothing)"
-            print(f"  {self.questions[i]}\n    before: {before}\n    after:  {self.after[i]}")
+            before, after = (" ".join(answers[i].split())[:30] for answers in (self.before, self.after))
+            print(f"  {self.questions[i]}\n    before: {before or '(nothing)'}\n    after:  {after or '(nothing)'}")
         print(
             f"Prompts that are not among the rows, answered exactly: {score['example_correct_before']} of "
             f"{score['example_prompts']} before training, {score['example_correct_after']} after",
