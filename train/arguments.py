@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -209,7 +210,10 @@ def config_file_as_flags(path: str) -> list[str]:
 
 def choose_device(args: TrainingArguments) -> None:
     """Set `use_cpu` where there is no NVIDIA device; refuse a device that torch cannot use."""
-    if args.use_cpu or torch.cuda.is_available():
+    if not args.use_cpu and torch.cuda.is_available():
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if args.use_cpu:
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     if glob.glob("/dev/nvidia[0-9]*") and not hidden:
@@ -285,7 +289,7 @@ def join_the_others(args: TrainingArguments) -> None:
     DeepSpeed otherwise looks for MPI. On a CPU it needs a compiler, refused here where there is none.
     """
     if args.deepspeed and args.use_cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # pip's ninja is there
         if shutil.which("g++") is None:
             raise Refused(
                 "--deepspeed on a CPU compiles a library at its first use: install g++, or leave --deepspeed out"

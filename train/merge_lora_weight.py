@@ -30,6 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from console import Refused, choice
+
 OUTPUT_ROOT = Path(__file__).resolve().parent / "output"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}  # as --save_dtype and as safetensors headers spell them
@@ -37,23 +39,37 @@ STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # What a half-precision base keeps in fp32 stays so; this tensor of Hy3 and Hy4, by both its names, in any base.
 FP32_SUFFIXES = ("e_score_correction_bias", "expert_bias")
 # What transformers names otherwise than the files of Hy3 and Hy4 do: (in the adapter, in the base).
-RENAMED = ((".mlp.shared_experts.", ".mlp.shared_mlp."), (".self_attn.gate_proj", ".self_attn.linear_gate"))
+RENAMED = ((".mlp.shared_experts.", ".mlp.shared_mlp."), (".gate_proj", ".linear_gate"))
 # Keys of adapter_config.json that make more of it than W + scaling * B @ A; so do other initialisations (PiSSA ...).
-BEYOND_LORA = ("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication", "lora_bias",
-               "fan_in_fan_out", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "kasa_config")
+BEYOND_LORA = (
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "lora_bias",
+    "fan_in_fan_out",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+)
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 # Not copied from the base: weights, config.json (written anew), and what the run that trained it has left there.
-LEFT_OUT = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf)(\.index\.json)?|config\.json|.*\.tmp-\d+"
-                      r"|runs|log_.*\.txt|loss\.png|train_results\.json|trainer_state\.json")
+LEFT_OUT = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf)(\.index\.json)?|config\.json|.*\.tmp-\d+|runs|latest"
+    r"|log_.*\.txt|loss\.png|train_results\.json|trainer_state\.json|previous-.*|zero_to_.*\.py"
+)
 
 Stored = namedtuple("Stored", "file shape dtype nbytes")  # a tensor of the base, as its file's header tells it
 Update = namedtuple("Update", "lora_A lora_B magnitude scaling")  # what it gains: keys of the adapter, a factor
 
 
-def refuse(message: str) -> NoReturn:
-    """End the program with exit code 2 and one message: what, where, what to do."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+class Parser(argparse.ArgumentParser):
+    """An argument parser that refuses with one message, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Refused(f"{message}; --help lists the flags")
 
 
 def some(items: list[str]) -> str:
@@ -80,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        refuse(f"{path} cannot be read as a json object: {error}")
+        raise Refused(f"{path}: not a readable json object: {error}") from None
 
 
 def open_tensors(path: Path) -> Any:
@@ -88,8 +104,8 @@ def open_tensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        why = f"is not a whole safetensors file ({error})" if path.exists() else "is missing"
-        refuse(f"{path} {why}; fetch or save it again")
+        why = f"not a whole safetensors file ({error})" if path.exists() else "missing"
+        raise Refused(f"{path}: {why}; fetch or save it again") from None
 
 
 def read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Stored]]:
@@ -97,21 +113,24 @@ def read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Sto
     directory that is quantised, not safetensors or not whole."""
     config, index, listed = read_json(base / "config.json"), {}, {"model.safetensors": set()}
     if config.get("quantization_config"):
-        refuse(f"{base / 'config.json'}: quantization_config: weights of a quantised base cannot be merged into")
+        raise Refused(f"{base / 'config.json'}: has a quantization_config; a quantised base cannot be merged into")
     if not (base / "model.safetensors").is_file():  # loaders, too, look for it first
         if not (base / INDEX).is_file():
-            refuse(f"{base} holds no model.safetensors. Convert pytorch_model.bin in python: AutoModelForCausalLM"
-                   ".from_pretrained(BASE, dtype='auto').save_pretrained(NEW), and copy the tokenizer there")
+            raise Refused(
+                f"{base}: holds no model.safetensors. Convert pytorch_model.bin with AutoModelForCausalLM"
+                ".from_pretrained(BASE, dtype='auto').save_pretrained(NEW) and copy the tokenizer there"
+            )
         index, listed = read_json(base / INDEX), {}
         for name, file in index.get("weight_map", {}).items():
             listed.setdefault(file, set()).add(name)
     tensors = {}
     for file, names in sorted(listed.items()):
         handle = open_tensors(base / file)
-        odd = sorted(names.symmetric_difference(handle.keys())) if index else []
+        held = handle.keys()
+        odd = sorted(names.symmetric_difference(held)) if index else []
         if odd or Path(file).name != file:
-            refuse(f"{base / INDEX} and {file} do not list the same tensors: {some(odd)}; fetch or save them again")
-        for name in handle.keys():
+            raise Refused(f"{base / INDEX}: does not list what is in {file}: {some(odd)}; fetch or save both again")
+        for name in held:
             part = handle.get_slice(name)
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
             size = STORED[dtype].itemsize * math.prod(shape) if dtype in STORED else handle.get_tensor(name).nbytes
@@ -128,11 +147,15 @@ def plan_updates(adapter: Path, tensors: dict[str, Stored], tied: bool) -> tuple
     beyond = [key for key in BEYOND_LORA if settings.get(key)]
     beyond += ["init_lora_weights"] if settings.get("init_lora_weights", True) not in PLAIN_INITS else []
     if beyond:
-        refuse(f"{adapter / 'adapter_config.json'}: " + some([f"{key}={settings[key]}" for key in beyond]) +
-               " cannot be merged, only LoRA and DoRA on linear layers; use this adapter with PEFT on top of its base")
-    shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        found = some([f"{key}={settings[key]}" for key in beyond])
+        raise Refused(
+            f"{adapter / 'adapter_config.json'}: {found}: only LoRA and DoRA on linear layers are merged; "
+            "use this adapter with PEFT on top of its base"
+        )
+    keys = file.keys()
+    shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     if not any(math.prod(shape) for shape in shapes.values()):
-        refuse(f"{adapter}: the adapter holds no tensors, or only empty ones; save it again")
+        raise Refused(f"{adapter}: the adapter holds no tensors, or only empty ones; save it again")
 
     def setting(name: str, patterns: str, module: str) -> float:  # as PEFT resolves it, default included
         matching = (key for key in settings.get(patterns) or {} if re.match(rf"(.*\.)?({key})$", module))
@@ -146,12 +169,12 @@ def plan_updates(adapter: Path, tensors: dict[str, Stored], tied: bool) -> tuple
         module = prefix.removeprefix("base_model.model.")
         names = [f"{module}.weight", *(f"{module.replace(*pair)}.weight" for pair in RENAMED)]
         name = next((name for name in names if name in tensors), names[0])
-        rank, delta = setting("r", "rank_pattern", module), (*shapes.get(lora_B, ())[:1], *shapes[lora_A][1:])
+        rank, delta = setting("r", "rank_pattern", module), (*shapes.get(lora_B, (0,))[:1], *shapes[lora_A][1:])
         if name not in tensors or (tied and name == "lm_head.weight"):
             unfit.append(f"{module} (the base has no such weight{', it is tied' if 'lm_head' in name else ''})")
         elif tensors[name].dtype not in STORED or tensors[name].shape != delta:
             unfit.append(f"{module} ({list(delta)}, the base has {tensors[name].dtype} {list(tensors[name].shape)})")
-        elif (shapes[lora_A][0], *shapes[lora_B][1:]) != (rank, rank) or (dora and magnitude not in shapes):
+        elif (shapes[lora_A][0], *shapes[lora_B][1:]) != (rank, rank) or (dora and shapes.get(magnitude) != delta[:1]):
             unfit.append(f"{module} (rank or magnitude are not as adapter_config.json says)")
         else:
             alpha = setting("lora_alpha", "alpha_pattern", module)
@@ -159,7 +182,7 @@ def plan_updates(adapter: Path, tensors: dict[str, Stored], tied: bool) -> tuple
             updates[name] = Update(lora_A, lora_B, magnitude, scaling)
     unfit += sorted(shapes.keys() - known)
     if unfit:
-        refuse(f"{adapter}: the adapter does not fit the base (is it another base's?): {some(unfit)}")
+        raise Refused(f"{adapter}: the adapter does not fit the base (is it another base's?): {some(unfit)}")
     if not any(file.get_tensor(update.lora_B).any() for update in updates.values()):
         print("warning: every lora_B is zero: this adapter was not trained", file=sys.stderr)
     return file, updates
@@ -180,8 +203,8 @@ def plan_files(tensors: dict[str, Stored], sizes: dict[str, int], limit: int) ->
 
 
 def left_out(folder: str | Path, names: list[str]) -> set[str]:
-    """Entries of the base directory that are not copied: LEFT_OUT, hidden directories, and models and adapters of their
-    own (checkpoints)."""
+    """What of the base directory is not copied: LEFT_OUT, hidden directories, and models and adapters of their own
+    (checkpoints)."""
     inner = {name for name in names if Path(folder, name).is_dir()}
     marks = ("config.json", "adapter_config.json")
     apart = {name for name in inner if name[0] == "." or any(Path(folder, name, mark).exists() for mark in marks)}
@@ -205,18 +228,21 @@ def written_aside(output: Path) -> Iterator[Path]:
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
 
     def stop(number: int, _frame: Any) -> NoReturn:
-        print(f"\nstopped by {signal.Signals(number).name}, nothing is left at {output}", file=sys.stderr)
-        raise SystemExit(128 + number)
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)  # a second signal must not cut the clean-up short
+        shutil.rmtree(temporary, ignore_errors=True)
+        print(f"\nstopped by {signal.Signals(number).name}, nothing is left at {output}", file=sys.stderr, flush=True)
+        os._exit(128 + number)  # not SystemExit: torch swallows what is raised within a call of its own
 
     try:
         for number in before:
             signal.signal(number, stop)
         temporary.mkdir(parents=True)
         yield temporary
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)  # whole from here on
         temporary.rename(output)
     finally:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)  # a second signal must not cut the clean-up short
         shutil.rmtree(temporary, ignore_errors=True)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -248,8 +274,7 @@ def byte_size(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     """The job, step by step."""
     # 1. What is asked for
-    parser = argparse.ArgumentParser(description="Merge a LoRA adapter into its base model.", allow_abbrev=False)
-    parser.error = refuse  # one message, without the usage
+    parser = Parser(description="Merge a LoRA adapter into its base model.", allow_abbrev=False)
     parser.add_argument("--base_model_path", help="model directory (default: the one that adapter_config.json names)")
     parser.add_argument("--adapter_model_path", help="adapter directory (default: the newest under train/output)")
     parser.add_argument("--output_path", help="directory to write (default: <adapter>-merged)")
@@ -261,19 +286,22 @@ def main(argv: list[str] | None = None) -> None:
     # 2. Which adapter, base and output
     adapter = Path(args.adapter_model_path) if args.adapter_model_path else newest(("adapter_model.safetensors",))
     if adapter is None:
-        refuse(f"no adapter under {OUTPUT_ROOT}; train one with --use_lora, or give --adapter_model_path")
+        raise Refused(f"no adapter under {OUTPUT_ROOT}; train one with --use_lora, or give --adapter_model_path")
     adapter = adapter.resolve()
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise Refused(f"{adapter}: holds no adapter_model.safetensors; give the directory of an adapter")
     base_path = args.base_model_path or read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
     if not base_path or not Path(base_path).is_dir():
-        refuse(f"the base {base_path!r} is not a directory here; give --base_model_path")
+        raise Refused(f"base {base_path!r}: not a directory here; give --base_model_path")
     base, output = Path(base_path).resolve(), Path(args.output_path or f"{adapter}-merged").resolve()
-    print(f"adapter_model_path = {adapter} ({'given' if args.adapter_model_path else 'newest under train/output'})")
-    print(f"base_model_path = {base} ({'given' if args.base_model_path else 'named by adapter_config.json'})")
-    print(f"output_path = {output} ({'given' if args.output_path else '<adapter>-merged'})")
+    choice("adapter_model_path", adapter, "given" if args.adapter_model_path else "newest under train/output")
+    choice("base_model_path", base, "given" if args.base_model_path else "named by adapter_config.json")
+    choice("output_path", output, "given" if args.output_path else "<adapter>-merged")
     if output in (base, adapter):
-        refuse(f"--output_path {output} is the {'base' if output == base else 'adapter'} itself; give another one")
+        itself = "base" if output == base else "adapter"
+        raise Refused(f"--output_path {output}: is the {itself} itself; give another directory")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        refuse(f"--output_path {output} is there and not empty; remove it or give another one")
+        raise Refused(f"--output_path {output}: is there and not empty; remove it or give another directory")
 
     # 3. What the base holds, and what of it the adapter changes
     config, index, tensors = read_base(base)
@@ -287,18 +315,23 @@ def main(argv: list[str] | None = None) -> None:
     saved, why = next((key for key in STORED if str(STORED[key]) == f"torch.{told}"), ""), "config.json of the base"
     if saved not in stored:  # not told, or not so
         saved, why = max(STORED, key=lambda dtype: stored[dtype]), "most of the base's weights"
-    keep = {name for name, tensor in tensors.items() if tensor.dtype not in STORED
-            or (tensor.dtype == "F32" and (saved != "F32" or name.endswith(FP32_SUFFIXES)))}
+    keep = {
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype not in STORED or (tensor.dtype == "F32" and (saved != "F32" or name.endswith(FP32_SUFFIXES)))
+    }
     saved, why = (DTYPES[args.save_dtype], "given") if args.save_dtype else (saved, why)
-    print(f"save_dtype = {next(key for key in DTYPES if DTYPES[key] == saved)} ({why})", flush=True)
+    choice("save_dtype", next(key for key in DTYPES if DTYPES[key] == saved), why)
     dtypes = {name: tensor.dtype if name in keep else saved for name, tensor in tensors.items()}
-    sizes = {name: tensor.nbytes if name in keep else STORED[saved].itemsize * math.prod(tensor.shape)
-             for name, tensor in tensors.items()}
+    sizes = {
+        name: tensor.nbytes if name in keep else STORED[saved].itemsize * math.prod(tensor.shape)
+        for name, tensor in tensors.items()
+    }
     parts = plan_files(tensors, sizes, args.max_shard_size)
     needed = sum(sizes.values())
     free = shutil.disk_usage(next(parent for parent in output.parents if parent.exists())).free
     if free < needed:
-        refuse(f"{output} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room or give --output_path")
+        raise Refused(f"--output_path {output}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room")
 
     # 5. Write: shard by shard, the index, config.json, all else
     try:
@@ -309,9 +342,11 @@ def main(argv: list[str] | None = None) -> None:
                     tensor = source.get_tensor(name)
                     result = merged(tensor, updates[name], adapter_file) if name in updates else tensor
                     shard[name] = result.to(STORED.get(dtypes[name], tensor.dtype))
-                    if shard[name] is not tensor and not shard[name].isfinite().all():
-                        refuse(f"{name} is not finite in {shard[name].dtype}: the adapter is damaged, or a value is too "
-                               "large for the dtype (--save_dtype bf16 and fp32 have room)")
+                    if (name in updates or saved == "F16") and not shard[name].isfinite().all():
+                        raise Refused(
+                            f"{name}: not finite in {shard[name].dtype}: the adapter is damaged, or the "
+                            "dtype's range too small (then give --save_dtype bf16 or fp32)"
+                        )
                 save_file(shard, temporary / file, source.metadata() or {"format": "pt"})
             if index or len(parts) > 1:
                 places = {name: file for file, names in parts for name in names}
@@ -325,18 +360,26 @@ def main(argv: list[str] | None = None) -> None:
                 wanted = {(name, tensor.shape, dtypes[name]) for name, tensor in tensors.items()}
                 found = {(name, tensor.shape, tensor.dtype) for name, tensor in read_base(temporary)[2].items()}
                 if wanted != found:
-                    refuse(f"the result's tensors are not the base's: {some(sorted(map(str, wanted ^ found)))}")
-                print(f"verify keys = {len(wanted)} tensors (names and shapes are the base's, dtypes as asked for)")
+                    raise Refused(f"{output}: not the base's tensors: {some(sorted(map(str, wanted ^ found)))}")
+                choice("verify keys", f"{len(wanted)} tensors", "names and shapes are the base's, dtypes as asked for")
     except (OSError, SafetensorError) as error:  # a full disk among them
-        refuse(f"{output} could not be written, nothing is left there: {error}")
+        raise Refused(f"--output_path {output}: could not be written, nothing is left there: {error}") from None
     print(f"merged {len(updates)} of {len(tensors)} tensors into {output} ({needed / 1e9:.3f} GB)")
 
     # 6. What it computes
     if args.verify == "logits":
         expected, found = logits(base, adapter), logits(output)
-        print(f"verify logits = {(expected - found).abs().max():.3g} (largest difference from base + adapter in PEFT, "
-              f"32 fixed tokens, fp32; largest logit {expected.abs().max():.3g})")
+        choice(
+            "verify logits",
+            f"{(expected - found).abs().max():.3g}",
+            "largest difference from base + adapter with "
+            f"PEFT on 32 fixed tokens, fp32; largest logit {expected.abs().max():.3g}",
+        )
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Refused as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        sys.exit(2)

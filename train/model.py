@@ -149,6 +149,7 @@ def load_model(
             )
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise Refused(f"--model_name_or_path {path}: does not load: {first_line(error)}") from error
+    choice("attention", model.config._attn_implementation, "--use_flash_attn" if attention else "the model's default")
     if args.use_lora:
         model = add_adapter(model, args, resume)
     elif args.train_attention_params_only:
@@ -168,10 +169,15 @@ def load_dtype(args: ModelArguments, training: TrainingArguments) -> torch.dtype
     """
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     if half is None:
-        return torch.float32
-    if training.deepspeed:
-        return half
-    return "auto" if args.use_lora else torch.float32
+        dtype, why = torch.float32, "neither --bf16 nor --fp16 is given"
+    elif training.deepspeed:
+        dtype, why = half, "the optimiser of ZeRO holds fp32 masters"
+    elif args.use_lora:
+        dtype, why = "auto", "a frozen base stays as its directory has it; the adapter is fp32"
+    else:
+        dtype, why = torch.float32, "trained without DeepSpeed, the weights are the masters; computed under autocast"
+    choice("dtype of the weights", str(dtype).removeprefix("torch."), why)
+    return dtype
 
 
 def check_flash_attention(training: TrainingArguments) -> None:
@@ -253,8 +259,7 @@ def build_model(
         config.model_type,
         f"built from the architecture flags, with random weights: --num_experts {args.num_experts}",
     )
-    dtype = load_dtype(args, training) if training.deepspeed else torch.float32
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return AutoModelForCausalLM.from_config(config, dtype=load_dtype(args, training), attn_implementation=attention)
 
 
 def note_ignored_architecture(args: ModelArguments) -> None:

@@ -36,9 +36,9 @@ LORA_RECIPE=(--learning_rate 1e-4 --min_lr 1e-5)
 EXAMPLE_RECIPE=(  # a small MoE from random weights; see example/make_example.py
     --num_layers 2 --hidden_size 128 --intermediate_size 256 --num_attention_heads 4 --num_key_value_heads 2
     --num_experts 4 --moe_topk 2 --max_position_embeddings 512
-    --max_seq_length 512 --max_steps 500 --per_device_train_batch_size 32
-    --learning_rate 2e-3 --min_lr 1e-4 --lr_scheduler_type cosine_with_min_lr --warmup_steps 20
-    --logging_steps 10 --save_steps 250 --save_total_limit 1
+    --max_seq_length 512 --max_steps 900 --per_device_train_batch_size 16
+    --learning_rate 3e-3 --min_lr 1e-4 --lr_scheduler_type cosine_with_min_lr --warmup_steps 50 --adam_beta2 0.95
+    --logging_steps 10 --save_steps 300 --save_total_limit 1
 )
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -60,6 +60,10 @@ flag() {
 }
 given() { [[ -n $1 && ${1,,} != false && $1 != 0 && ${1,,} != no ]]; }
 
+# choose NAME VALUE WHY: give a variable that is empty its value, and remember to say so
+CHOICES=()
+choose() { [ -z "${!1}" ] || return 0; printf -v "$1" %s "$2"; CHOICES+=("$1 = $2 ($3)"); }
+
 # 1. What the flags say about the variables.
 for pair in MODEL_PATH:model_name_or_path TOKENIZER_PATH:tokenizer_name_or_path TRAIN_DATA_FILE:train_data_file \
             OUTPUT_DIR:output_dir DS_CONFIG:deepspeed; do
@@ -74,9 +78,14 @@ if [ "${CUDA_VISIBLE_DEVICES-unset}" = unset ]; then GPUS=$( (nvidia-smi -L 2>/d
 else GPUS=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[0-9A-Za-z]' || true); [ "$CUDA_VISIBLE_DEVICES" != -1 ] || GPUS=0; fi
 given "$(flag use_cpu "$@")" && GPUS=0
 [ "$GPUS" -gt 0 ] || unset 'RECIPE[0]'
-HOST_GPU_NUM=${HOST_GPU_NUM:-$((GPUS > 0 ? GPUS : 1))}
+if [ "$GPUS" -gt 0 ]; then
+    choose HOST_GPU_NUM "$GPUS" "the GPUs of this machine"
+    choose DS_CONFIG ds_zero3_no_offload.json "the default on GPUs"
+else
+    choose HOST_GPU_NUM 1 "no GPU"
+    choose DS_CONFIG none "no GPU: DeepSpeed compiles for minutes on a CPU"
+fi
 [[ $HOST_GPU_NUM =~ ^[1-9][0-9]*$ ]] || refuse "HOST_GPU_NUM=$HOST_GPU_NUM: must be a number from 1"
-DS_CONFIG=${DS_CONFIG:-$([ "$GPUS" -gt 0 ] && echo ds_zero3_no_offload.json || echo none)}
 
 # 3. The model and its rows.
 EXAMPLE=$HERE/example
@@ -84,22 +93,23 @@ FLAGS=("${RECIPE[@]}")
 given "$LORA" && FLAGS+=("${LORA_RECIPE[@]}")
 if [ -n "$RESUME" ] && [ -z "$MODEL_PATH" ]; then
     [ -n "$TRAIN_DATA_FILE" ] || refuse "TRAIN_DATA_FILE is not set: with --resume_from_checkpoint the rows must be given"
-    OUTPUT_DIR=${OUTPUT_DIR:-$(dirname "$RESUME")}
+    choose OUTPUT_DIR "$(dirname "$RESUME")" "the folder of the checkpoint"
 elif [ -n "$MODEL_PATH" ]; then
     [ -n "$TRAIN_DATA_FILE" ] || refuse "TRAIN_DATA_FILE is not set: the rows to train $MODEL_PATH on"
-    OUTPUT_DIR=${OUTPUT_DIR:-$HERE/output/$(basename "$(realpath -m -- "$MODEL_PATH")")$(given "$LORA" && echo -lora || true)}
+    NAME=$(basename "$(realpath -m -- "$MODEL_PATH")")
+    choose OUTPUT_DIR "$HERE/output/$NAME$(given "$LORA" && echo -lora || true)" "the name of MODEL_PATH"
 elif given "$LORA"; then
-    MODEL_PATH=$HERE/output/example
+    choose MODEL_PATH "$HERE/output/example" "the trained example"
     [ -f "$MODEL_PATH/config.json" ] || refuse "--use_lora without MODEL_PATH adapts the trained example, which is not there: run first: bash $0"
     [ -n "$OUTPUT_DIR" ] || FLAGS+=(--overwrite_output_dir)
-    OUTPUT_DIR=${OUTPUT_DIR:-$HERE/output/example-lora}
+    choose OUTPUT_DIR "$HERE/output/example-lora" "an adapter of the example"
 else
     FLAGS=("${EXAMPLE_RECIPE[@]}" --overwrite_output_dir --probe_file "$EXAMPLE/prompts.jsonl")
     [ "$GPUS" -eq 0 ] || FLAGS+=(--bf16)
-    TOKENIZER_PATH=${TOKENIZER_PATH:-$EXAMPLE/tokenizer}
-    OUTPUT_DIR=${OUTPUT_DIR:-$HERE/output/example}
+    choose TOKENIZER_PATH "$EXAMPLE/tokenizer" "the example's"
+    choose OUTPUT_DIR "$HERE/output/example" "the example"
 fi
-TRAIN_DATA_FILE=${TRAIN_DATA_FILE:-$EXAMPLE/rows.jsonl}
+choose TRAIN_DATA_FILE "$EXAMPLE/rows.jsonl" "the example's"
 
 # 4. A flag that excludes a part of the recipe takes that part out.
 without() { local out=() f; for f in "${FLAGS[@]}"; do [ "$f" = "$1" ] || out+=("$f"); done; FLAGS=("${out[@]}"); }
@@ -117,6 +127,7 @@ mkdir -p "$OUTPUT_DIR"
 LOG=$OUTPUT_DIR/log_$(date +%Y%m%d-%H%M%S).txt
 exec > >(trap '' INT TERM HUP; exec tee -a "$LOG") 2>&1
 TEE=$!
+[ ${#CHOICES[@]} -eq 0 ] || printf '%s\n' "${CHOICES[@]}"
 set -m  # the training in a process group of its own, with SIGINT not ignored
 "${COMMAND[@]}" &
 TRAINING=$!

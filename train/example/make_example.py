@@ -5,28 +5,29 @@
 
 The same files come out byte by byte, every time. They are
 
-    tokenizer/       `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`: one token a character, bytes for
-                     every character that has none, the special tokens and the chat format of Hunyuan-Large, A13B and 7B
-    rows.jsonl       800 rows to train on
+    tokenizer/       `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`: one token a character or
+                     English word of the rows, bytes for all others, the special tokens and the chat format of Hunyuan-Large, A13B and 7B
+    rows.jsonl       900 rows to train on
     prompts.jsonl    48 held-out rows of the same shape: neither their prompt nor their number is among the rows
 
 What the rows teach is to read a number below 10,000 in Chinese: 1005 is 一千零五, 10 is 十, 110 is 一百一十. Three in
 five think slowly (the thinking lists the places), the others carry `/no_think` and an empty think block. Questions come
-in Chinese and in English, with and without a system message, and one row in ten asks more than once.
+in Chinese and in English, with and without a system message.
 """
 
 import argparse
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders
-from tokenizers.models import BPE
+from tokenizers.models import Unigram
 from transformers import AutoTokenizer
 
 SEED = 12
-NUM_ROWS = 800
+NUM_ROWS = 900
 NUM_PROMPTS = 48
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>"]
@@ -73,15 +74,11 @@ QUESTIONS = {
         "把{n}写成中文数字。",
         "请把 {n} 转换成中文数字。",
         "{n}用中文怎么读？",
-        "{n} 的中文读法是什么？",
-        "请用汉字写出数字{n}。",
     ],
     "en": [
         "Write {n} in Chinese numerals.",
         "How do you read {n} in Chinese?",
         "What is {n} in Chinese numerals?",
-        "Convert {n} to Chinese numerals.",
-        "Please write the number {n} in Chinese.",
     ],
 }
 
@@ -123,23 +120,27 @@ def exchange(number: int, language: str, slow: bool, question: str) -> list[dict
 
 
 def draw_numbers(rng: random.Random) -> tuple[Iterator[int], list[int]]:
-    """Every number below 10,000 once, in an order that favours short ones and zeros, and `NUM_PROMPTS` kept apart.
+    """Every number below 10,000 once, favouring short ones, zeros and repeated digits, and `NUM_PROMPTS` kept apart.
 
     Returns (numbers to train on, held-out numbers). One-digit numbers are never held out.
     """
 
     def shuffled(numbers: list[int]) -> list[int]:
-        return sorted(numbers, key=lambda _: rng.random())  # random() alone is promised to stay the same in every Python
+        return sorted(
+            numbers, key=lambda _: rng.random()
+        )  # random() alone is promised to stay the same in every Python
 
-    two = shuffled(list(range(10, 100)))
-    three = shuffled(list(range(100, 1000)))
-    zeros = shuffled([n for n in range(1000, 10000) if "0" in str(n)])
-    four = shuffled([n for n in range(1000, 10000) if "0" not in str(n)])
-    held_out = []
-    for pool, count in ((two, 6), (three, 14), (zeros, 14), (four, NUM_PROMPTS - 34)):
-        held_out += pool[:count]
-        del pool[:count]
-    train = list(range(10)) + two + three[:260] + zeros[:300] + four[:300]
+    def favoured(numbers: list[int]) -> list[int]:
+        # A repeated digit is what "whatever followed this digit" gets wrong: it forces looking at the place.
+        return sorted(
+            numbers, key=lambda n: -("0" in str(n)) - 1.5 * (len(set(str(n))) < len(str(n))) - 2 * rng.random()
+        )
+
+    two, three, four = (shuffled(list(range(low, 10 * low))) for low in (10, 100, 1000))
+    held_out = two[:6] + three[:14] + four[: NUM_PROMPTS - 20]
+    four = favoured(four[NUM_PROMPTS - 20 :])[:650]
+    three = favoured(three[14:])[:250]
+    train = list(range(10)) + two[6:] + three + four
     return iter(shuffled(train)), shuffled(held_out)
 
 
@@ -159,21 +160,26 @@ def make_rows() -> tuple[list[dict], list[dict]]:
             messages += exchange(next(numbers), language, slow, question)
         return {"messages": messages}
 
-    rows = [one_row(index, numbers, turns=2 if index % 20 in (9, 18) else 1) for index in range(NUM_ROWS)]
+    rows = [one_row(index, numbers, turns=1) for index in range(NUM_ROWS)]
     prompts = [one_row(index, iter([number]), turns=1) for index, number in enumerate(held_out)]
     return rows, prompts
 
 
 def make_tokenizer(characters: set[str]) -> Tokenizer:
-    """A BPE model without merges: one token for each of `characters` and of printable ASCII, bytes for all others.
+    """The fewest pieces: the rows' English words, each of `characters` and of printable ASCII, bytes for all others.
 
     Encoding adds nothing and changes nothing; decoding gives back the text as it was.
     """
     ascii_characters = {chr(code) for code in range(0x20, 0x7F)} | {"\n", "\t"}
-    tokens = SPECIAL_TOKENS + PATTERN_TOKENS + [f"<0x{byte:02X}>" for byte in range(256)]
-    tokens += sorted(ascii_characters | characters)
-    vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[], byte_fallback=True))
+    words = {word for text in [*QUESTIONS["en"], SYSTEM_MESSAGES["en"]] for word in re.findall(r" ?[A-Za-z]+", text)}
+    words = {word for word in words if len(word.strip()) > 1} | {
+        f"{space}{p}" for space in ("", " ") for p in PLACES["en"]
+    }
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = SPECIAL_TOKENS + PATTERN_TOKENS + byte_tokens + sorted(ascii_characters | characters) + sorted(words)
+    # Equal scores, so that the fewest pieces win; a text that spells "<0x0A>" must not become that byte.
+    vocab = [(token, -1000.0 if token in byte_tokens else -10.0) for token in tokens]
+    tokenizer = Tokenizer(Unigram(vocab, unk_id=0, byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in PATTERN_TOKENS])

@@ -1,0 +1,173 @@
+"""Try what was trained: chat with a model directory or a LoRA adapter.
+
+    python chat.py                            # the newest model under train/output
+    python chat.py MODEL_DIR --no_think       # fast thinking
+    python chat.py BASE_DIR --adapter DIR     # an adapter on this base instead of the one that it names
+    python chat.py --prompt "你好"             # one reply, and nothing else, on stdout
+
+In the conversation /reset forgets what was said, /quit or end of file leaves, and Ctrl-C stops a reply. Runs the code
+that a model directory brings with it. Refused (exit code 2): a directory without model or chat template, weights that
+are missing, an adapter whose base is not there or that does not fit it.
+"""
+
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+
+from console import Refused
+from merge_lora_weight import INDEX, Parser, newest, read_json
+
+ADAPTER_FILE = "adapter_model.safetensors"
+MODEL_FILES = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def note(message: str) -> None:
+    """Print one line on stderr: stdout is for the replies."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def choose(model_dir: str | None, adapter_dir: str | None) -> tuple[Path, Path | None]:
+    """(model directory, adapter directory or None) from what was given; refuses what is neither."""
+    model, adapter, why = model_dir and Path(model_dir), adapter_dir and Path(adapter_dir), "given"
+    if not model and not adapter:
+        model, why = newest((ADAPTER_FILE, *MODEL_FILES)), "newest under train/output"
+        if not model:
+            raise Refused("no model under train/output; train one with train.sh, or give a model directory")
+    if model and (model / "adapter_config.json").is_file():
+        if adapter:
+            raise Refused(f"{model}: is an adapter itself; give the base's directory beside --adapter")
+        model, adapter = None, model
+    if adapter:
+        for file in ("adapter_config.json", ADAPTER_FILE):
+            if not (adapter / file).is_file():
+                raise Refused(f"{adapter}: no adapter here, {file} is missing")
+        note(f"adapter = {adapter} ({why})")
+    if adapter and not model:
+        base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
+        model, why = Path(base), "named by adapter_config.json"
+        if not base or not model.is_dir():
+            raise Refused(f"{adapter}: its base {base!r} is not a directory here; give BASE_DIR --adapter {adapter}")
+    if not (model / "config.json").is_file() or not any((model / file).is_file() for file in MODEL_FILES):
+        raise Refused(f"{model}: no model here, config.json or model.safetensors is missing")
+    note(f"model = {model} ({why})")
+    return model, adapter
+
+
+def load(model_dir: Path, adapter: Path | None) -> tuple[Any, Any]:
+    """(tokenizer, model) ready to generate: on the GPUs if there are any, in the dtype that config.json says."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds: only once the paths are right
+
+    gpu = torch.cuda.is_available()
+    tokenizer_dir = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else model_dir
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=True)
+        options = {"dtype": "auto", "device_map": "auto" if gpu else None, "trust_remote_code": True}
+        model, info = AutoModelForCausalLM.from_pretrained(model_dir, **options, output_loading_info=True)
+        if info["missing_keys"]:  # transformers would leave them random
+            raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:4])}")
+        if adapter:
+            from peft import PeftModel
+
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Found missing adapter keys")
+                model = PeftModel.from_pretrained(model, adapter)
+    except Exception as error:  # whatever the libraries or the directory's own code raise: the directory is at fault
+        raise Refused(f"{adapter or model_dir}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if not tokenizer.chat_template:
+        raise Refused(f"{tokenizer_dir}: the tokenizer has no chat template (chat_template.jinja)")
+    note(f"device = {model.device} ({'GPU' if gpu else 'no GPU'})\ndtype = {str(model.dtype)[6:]} (config.json)")
+    return tokenizer, model.eval()
+
+
+def thinking_off(tokenizer: Any) -> tuple[dict[str, Any], str]:
+    """(arguments for the chat template, text before the user's): what makes this model answer without thinking."""
+    template = tokenizer.get_chat_template()
+    if "enable_thinking" in template:
+        return {"enable_thinking": False}, ""
+    if "reasoning_effort" in template:
+        return {"reasoning_effort": "no_think"}, ""
+    return {}, "/no_think"
+
+
+def reply(tokenizer: Any, model: Any, messages: list[dict[str, str]], template: dict[str, Any], **options: Any) -> str:
+    """Generate the next assistant message, printing it on stdout as it comes; returns it without special tokens."""
+    from transformers import TextStreamer
+
+    template = template | {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    try:
+        inputs = tokenizer.apply_chat_template(messages, **template).to(model.device)
+    except TemplateError as error:
+        raise Refused(f"{tokenizer.name_or_path}: the chat template fails: {error}") from None
+    inputs.pop("token_type_ids", None)  # generate() refuses what the model does not take
+    own = model.generation_config.eos_token_id
+    ends = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.no_grad():
+        output = model.generate(**inputs, **options, eos_token_id=ends or None, pad_token_id=pad, streamer=streamer)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Choose and load, then one reply or a conversation."""
+    # 1. What is asked for
+    parser = Parser(description="Chat with a model directory or a LoRA adapter.", allow_abbrev=False)
+    parser.add_argument("model_dir", nargs="?", help="model or adapter directory (default: newest under train/output)")
+    parser.add_argument("--adapter", help="LoRA adapter directory, for MODEL_DIR or for the base that it names")
+    parser.add_argument("--prompt", help="answer this and end, with nothing but the reply on stdout")
+    parser.add_argument("--no_think", action="store_true", help="fast thinking: answer at once")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens a reply at most (default: 1024)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
+    args = parser.parse_args(argv)
+    if args.max_new_tokens < 1:
+        raise Refused(f"--max_new_tokens {args.max_new_tokens}: must be 1 or more")
+    if not 0 <= args.temperature < float("inf"):
+        raise Refused(f"--temperature {args.temperature}: must be 0 or more")
+
+    # 2. Which model, and how it generates
+    tokenizer, model = load(*choose(args.model_dir, args.adapter))
+    template, before = thinking_off(tokenizer) if args.no_think else ({}, "")
+    sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
+    if args.temperature > 0:
+        sampling["temperature"] = args.temperature
+
+    # 3. One reply
+    if args.prompt is not None:
+        reply(tokenizer, model, [{"role": "user", "content": before + args.prompt}], template, **sampling)
+        return
+
+    # 4. A conversation
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (lets input() edit a line)
+    note("/reset forgets the conversation, /quit leaves")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if text == "/quit":
+            return
+        if text == "/reset":
+            messages = []
+        elif text:
+            messages.append({"role": "user", "content": before + text})
+            try:
+                content = reply(tokenizer, model, messages, template, **sampling)
+                messages.append({"role": "assistant", "content": content})
+            except KeyboardInterrupt:
+                messages.pop()
+                note("\nstopped; this question is forgotten")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Refused as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        sys.exit(2)
