@@ -33,12 +33,11 @@ RECIPE=(
     --save_total_limit 2
 )
 LORA_RECIPE=(--learning_rate 1e-4 --min_lr 1e-5)
-EXAMPLE_RECIPE=(  # a small MoE from random weights; see example/make_example.py
-    --num_layers 2 --hidden_size 128 --intermediate_size 256 --num_attention_heads 4 --num_key_value_heads 2
-    --num_experts 4 --moe_topk 2 --max_position_embeddings 512
-    --max_seq_length 512 --max_steps 900 --per_device_train_batch_size 16
-    --learning_rate 3e-3 --min_lr 1e-4 --lr_scheduler_type cosine_with_min_lr --warmup_steps 50 --adam_beta2 0.95
-    --logging_steps 10 --save_steps 300 --save_total_limit 1
+EXAMPLE_RECIPE=(  # a small MoE of the A13B architecture, from random weights
+    --num_layers 4 --hidden_size 128 --intermediate_size 32 --num_attention_heads 8 --num_key_value_heads 8
+    --num_experts 4 --moe_topk 2 --max_position_embeddings 1024 --max_seq_length 1024
+    --max_steps 600 --per_device_train_batch_size 16 --learning_rate 4e-3 --min_lr 1e-4 --adam_beta2 0.95
+    --lr_scheduler_type cosine_with_min_lr --warmup_steps 50 --logging_steps 10 --save_steps 300 --save_total_limit 1
 )
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -128,6 +127,7 @@ LOG=$OUTPUT_DIR/log_$(date +%Y%m%d-%H%M%S).txt
 exec > >(trap '' INT TERM HUP; exec tee -a "$LOG") 2>&1
 TEE=$!
 [ ${#CHOICES[@]} -eq 0 ] || printf '%s\n' "${CHOICES[@]}"
+export TQDM_MININTERVAL=${TQDM_MININTERVAL:-1}  # seconds; the bar goes to the log too
 set -m  # the training in a process group of its own, with SIGINT not ignored
 "${COMMAND[@]}" &
 TRAINING=$!

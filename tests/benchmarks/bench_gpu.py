@@ -99,7 +99,8 @@ def main() -> None:
                 mfu = f", mfu {figures['mfu']:.3f}" if figures["mfu"] else ""
                 table.append(
                     f"{kind} {figures['total_params'] / 1e6:.0f}M bf16 {stage}: "
-                    f"{figures['tokens_per_second']:.0f} tokens/s{mfu}, peak {figures['peak_memory_bytes'] / 2**30:.2f} GiB, losses "
+                    f"{figures['tokens_per_second']:.0f} tokens/s{mfu}, "
+                    f"peak {figures['peak_memory_bytes'] / 2**30:.2f} GiB, losses "
                     f"{' '.join(f'{x:.4f}' for x in losses[:3])} … {losses[-1]:.4f}"
                 )
     if not small:

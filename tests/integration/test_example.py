@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import TRAIN, run_command
 
 PATH = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -31,7 +32,8 @@ def test_example_then_lora_then_merge_then_chat(train_dir, tmp_path):
     out = train_dir / "output" / "example"
     results = json.loads((out / "train_results.json").read_text())
     rows = (train_dir / "example" / "rows.jsonl").read_text(encoding="utf-8")
-    prompts = [json.loads(line)["messages"][-2]["content"] for line in open(train_dir / "example" / "prompts.jsonl")]
+    lines = (train_dir / "example" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = [json.loads(line)["messages"][-2]["content"] for line in lines]
     assert results["example_prompts"] == len(prompts) >= 20
     assert not any(json.dumps(prompt, ensure_ascii=False) in rows for prompt in prompts)
     assert results["example_correct_before"] == 0
@@ -56,7 +58,9 @@ def test_example_then_lora_then_merge_then_chat(train_dir, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     merged = train_dir / "output" / "example-lora-merged"
     assert (merged / "model.safetensors").is_file() and (merged / "tokenizer.json").is_file()
-    chat = run_command([sys.executable, str(train_dir / "chat.py"), "--prompt", "把8730写成中文数字。"], cwd=tmp_path)
+    chat = run_command(
+        [sys.executable, str(train_dir / "chat.py"), "--prompt", "请把下面的数字写成中文：8730"], cwd=tmp_path
+    )
     assert chat.returncode == 0, chat.stderr[-3000:]
     assert "八千七百三十" in chat.stdout
     assert str(merged) in chat.stderr + chat.stdout

@@ -5,8 +5,9 @@ import json
 import pytest
 
 LORA = (
-    "--do_train --model_name_or_path M --tokenizer_name_or_path T --train_data_file D --deepspeed ds_zero3_offload.json "
-    "--output_dir O --overwrite_output_dir --per_device_train_batch_size 1 --gradient_accumulation_steps 1 "
+    "--do_train --model_name_or_path M --tokenizer_name_or_path T --train_data_file D "
+    "--deepspeed ds_zero3_offload.json --output_dir O --overwrite_output_dir --per_device_train_batch_size 1 "
+    "--gradient_accumulation_steps 1 "
     "--gradient_checkpointing --lr_scheduler_type cosine_with_min_lr --logging_steps 1 --max_steps 4 --save_steps 2 "
     "--learning_rate 1e-5 --min_lr 1e-6 --warmup_ratio 0.01 --save_strategy steps --save_safetensors False --use_lora "
     "--lora_rank 64 --lora_alpha 128 --lora_dropout 0.1 --hidden_size 6400 --intermediate_size 18304 "
@@ -15,8 +16,9 @@ LORA = (
     "--use_qk_norm --bf16"
 )
 FULL = (
-    "--do_train --model_name_or_path M --tokenizer_name_or_path T --train_data_file D --deepspeed ds_zero3_offload.json "
-    "--output_dir O --overwrite_output_dir --per_device_train_batch_size 1 --gradient_accumulation_steps 1 "
+    "--do_train --model_name_or_path M --tokenizer_name_or_path T --train_data_file D "
+    "--deepspeed ds_zero3_offload.json --output_dir O --overwrite_output_dir --per_device_train_batch_size 1 "
+    "--gradient_accumulation_steps 1 "
     "--gradient_checkpointing --lr_scheduler_type cosine_with_min_lr --logging_steps 1 --max_steps 4 --save_steps 2 "
     "--learning_rate 1e-5 --min_lr 1e-6 --warmup_ratio 0.01 --save_strategy steps --save_safetensors True "
     "--model_max_length 4096 --max_seq_length 4096 --bf16 --model_size 7B"

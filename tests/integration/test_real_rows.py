@@ -5,6 +5,7 @@ import math
 import sys
 
 import pytest
+
 from conftest import run_command
 
 LOSS_ON_FIXED_ROWS = """

@@ -5,14 +5,15 @@
 
 The same files come out byte by byte, every time. They are
 
-    tokenizer/       `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`: one token a character or
-                     English word of the rows, bytes for all others, the special tokens and the chat format of Hunyuan-Large, A13B and 7B
+    tokenizer/       `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`: one token a character or English
+                     word of the rows, bytes for all others, the special tokens and the chat format of A13B
     rows.jsonl       900 rows to train on
     prompts.jsonl    48 held-out rows of the same shape: neither their prompt nor their number is among the rows
 
 What the rows teach is to read a number below 10,000 in Chinese: 1005 is 一千零五, 10 is 十, 110 is 一百一十. Three in
-five think slowly (the thinking lists the places), the others carry `/no_think` and an empty think block. Questions come
-in Chinese and in English, with and without a system message.
+five think slowly (the thinking lists the places), the others carry `/no_think` and an empty think block. Questions
+come in Chinese and in English, with and without a system message. They end with the number: its places are then always
+equally far from the reply, which a small model learns within a minute on a CPU.
 """
 
 import argparse
@@ -39,10 +40,10 @@ FAST_REPLY = "<think>\n\n</think>\n<answer>\n{answer}\n</answer>"
 NO_THINK = "/no_think"
 
 CHAT_TEMPLATE = """\
-{#- The format of Hunyuan-Large, A13B and 7B:
-    <|startoftext|>{system}<|extra_4|>{user}<|extra_0|>{assistant}<|eos|>, later user turns open with <|startoftext|> too.
-    A user turn ends with the token that asks for the reply, so a generation prompt adds nothing, unless enable_thinking
-    is given and false: then it adds an empty think block. An empty system message is none. -#}
+{#- The format of Hunyuan-Large, A13B and 7B: <|startoftext|>{system}<|extra_4|>{user}<|extra_0|>{assistant}<|eos|>,
+    later user turns open with <|startoftext|> too. A user turn ends with the token that asks for the reply, so a
+    generation prompt adds nothing, unless enable_thinking is given and false: then it adds an empty think block. An
+    empty system message is none. -#}
 {%- set turn = namespace(open=false) -%}
 {%- for message in messages -%}
     {%- if message['role'] == 'system' and loop.first -%}
@@ -70,16 +71,8 @@ CHINESE_UNITS = ["", "十", "百", "千"]
 PLACES = {"zh": ["个位", "十位", "百位", "千位"], "en": ["ones", "tens", "hundreds", "thousands"]}
 SYSTEM_MESSAGES = {"zh": "你是一个乐于助人的助手。", "en": "You are a helpful assistant."}
 QUESTIONS = {
-    "zh": [
-        "把{n}写成中文数字。",
-        "请把 {n} 转换成中文数字。",
-        "{n}用中文怎么读？",
-    ],
-    "en": [
-        "Write {n} in Chinese numerals.",
-        "How do you read {n} in Chinese?",
-        "What is {n} in Chinese numerals?",
-    ],
+    "zh": ["请把下面的数字写成中文：{n}", "这个数字用中文怎么读：{n}", "请转换成中文数字：{n}"],
+    "en": ["Write this number in Chinese: {n}", "How is this number read in Chinese: {n}", "Convert to Chinese: {n}"],
 }
 
 
