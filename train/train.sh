@@ -44,6 +44,8 @@ EXAMPLE_RECIPE=(  # a small MoE of the A13B architecture, from random weights
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PYTHON=$(command -v python3 || command -v python) || { echo "refused: no python3 on the PATH" >&2; exit 2; }
 refuse() { echo "refused: $*" >&2; exit 2; }
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in ("torch", "transformers", "peft")))' ||
+    refuse "$PYTHON has not all packages: $PYTHON -m pip install -r $(dirname "$HERE")/requirements.txt"
 
 # flag NAME: the value that the command line gives --NAME (the last one; "true" where it has none), else nothing
 flag() {
