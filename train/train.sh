@@ -36,8 +36,8 @@ LORA_RECIPE=(--learning_rate 1e-4 --min_lr 1e-5)
 EXAMPLE_RECIPE=(  # a small MoE of the A13B architecture, from random weights
     --num_layers 4 --hidden_size 128 --intermediate_size 32 --num_attention_heads 8 --num_key_value_heads 8
     --num_experts 4 --moe_topk 2 --max_position_embeddings 1024 --max_seq_length 1024
-    --max_steps 600 --per_device_train_batch_size 16 --learning_rate 4e-3 --min_lr 1e-4 --adam_beta2 0.95
-    --lr_scheduler_type cosine_with_min_lr --warmup_steps 50 --logging_steps 10 --save_steps 300 --save_total_limit 1
+    --max_steps 800 --per_device_train_batch_size 16 --learning_rate 4e-3 --min_lr 1e-4 --adam_beta2 0.95
+    --lr_scheduler_type cosine_with_min_lr --warmup_steps 50 --logging_steps 10 --save_steps 400 --save_total_limit 1
 )
 # ------------------------------------------------------------------------------------------------------------------
 
