@@ -33,14 +33,19 @@ def option(default=None, text: str = "", factory=None):
     return field(default=default, metadata={"help": text})
 
 
+def yes_no(text: str):
+    """A flag that may be given with or without a value, or not at all (None)."""
+    return field(default=None, metadata={"help": text, "nargs": "?", "const": True})
+
+
 @dataclass
 class ModelArguments:
     """Which model is trained, how it is built, and which part of it."""
 
     model_name_or_path: str | None = option(None, "Model directory. Not given: built from the architecture flags.")
     tokenizer_name_or_path: str | None = option(None, "Tokenizer directory. Default: the model's.")
-    trust_remote_code: bool | None = option(
-        None, "Run the code that the directory brings. Default: true for a local directory, false for a hub id."
+    trust_remote_code: bool | None = yes_no(
+        "Run the code that the directory brings. Default: true for a local directory, false for a hub id."
     )
     use_flash_attn: bool = option(False, "Variable-length FlashAttention, from the flash_attn package (CUDA only).")
     cache_dir: str | None = option(None, "Where models of a hub id are kept once downloaded.")
@@ -55,11 +60,11 @@ class ModelArguments:
     model_max_length: int = option(4096, "Positions, where max_position_embeddings is not given.")
     vocab_size: int | None = option(None, "Size of the vocabulary. Default: the tokenizer's.")
     tie_word_embeddings: bool = option(True, "Input and output embeddings are one tensor.")
-    use_qk_norm: bool | None = option(None, "Normalise queries and keys: always so in this class.")
+    use_qk_norm: bool | None = yes_no("Normalise queries and keys: always so in this class.")
     num_experts: int = option(1, "Experts a layer; above 1 the model is a hunyuan_v1_moe, else a hunyuan_v1_dense.")
     moe_topk: int = option(1, "Experts a token is sent to.")
     num_shared_expert: int | None = option(None, "Experts that every token is sent to: 1 in this class.")
-    use_mixed_mlp_moe: bool | None = option(None, "A shared expert beside the routed ones: always so in this class.")
+    use_mixed_mlp_moe: bool | None = yes_no("A shared expert beside the routed ones: always so in this class.")
     moe_intermediate_size: int | None = option(None, "Width of an expert: must equal intermediate_size in this class.")
     moe_layer_num_skipped: int = option(0, "First layers without experts: 0 in this class.")
     use_cla: bool = option(False, "Cross-layer attention (Hunyuan-Large): not in this class, refused.")
@@ -119,7 +124,7 @@ class TrainingArguments(transformers.TrainingArguments):
     warmup_ratio: float | None = option(None, "Warmup as a share of all steps; the same as --warmup_steps below 1.")
     group_by_length: bool = option(False, "Batches of rows of similar length (--train_sampling_strategy).")
     logging_dir: str | None = option(None, "Where TensorBoard's files go. Default: output_dir/runs/<time>.")
-    save_safetensors: bool | None = option(None, "No effect: weights are always saved as safetensors.")
+    save_safetensors: bool | None = yes_no("No effect: weights are always saved as safetensors.")
 
     def __post_init__(self):
         if self.output_dir is None:
@@ -135,10 +140,12 @@ class TrainingArguments(transformers.TrainingArguments):
         join_the_others(self)
         if self.lr_scheduler_type in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
             own = self.lr_scheduler_kwargs or {}
-            if isinstance(own, str):
-                own = json.loads(own)
-            if not {"min_lr", "min_lr_rate"} & set(own):
-                self.lr_scheduler_kwargs = {**own, "min_lr": self.min_lr}
+            own = json.loads(own) if isinstance(own, str) else dict(own)
+            if (
+                "min_lr_rate" not in own
+            ):  # a rate: under ZeRO-3 the absolute one asks the optimiser for what it has not
+                own["min_lr_rate"] = own.pop("min_lr", self.min_lr) / (self.learning_rate or 1)
+            self.lr_scheduler_kwargs = own
         super().__post_init__()
         if self.deepspeed and self.use_cpu:  # before a ZeRO-3 model is built, else DeepSpeed sees a world of one
             import deepspeed

@@ -72,7 +72,7 @@ def test_a_signal_to_train_sh_reaches_the_training(signal, code, train_dir, tmp_
     script = (
         f"bash {train_dir}/train.sh --output_dir {tmp_path}/out --max_steps 100000 > {tmp_path}/said.txt 2>&1 & p=$!\n"
         f"until grep -q 'step 10/' {tmp_path}/said.txt; do sleep 0.2; done\n"
-        f"kill -{signal} $p; wait $p; echo code $?; pgrep -f {tmp_path}/out || echo none left"
+        f"kill -{signal} $p; wait $p; echo code $?; pgrep -f '[t]rain.py.*{tmp_path}/out' || echo none left"
     )
     run = run_command(["bash", "-m", "-c", script], env=PATH, timeout=200)
     assert run.stdout.splitlines()[-1] == "none left", run.stdout

@@ -26,9 +26,16 @@ def test_warmup_steps_wins_over_ratio(capsys):
     assert "--warmup_ratio has no effect" in capsys.readouterr().out
 
 
-def test_min_lr_reaches_the_cosine_schedule_as_an_absolute_rate():
-    _, _, args = parse_arguments([*BASE, "--lr_scheduler_type", "cosine_with_min_lr", "--min_lr", "1e-6"])
-    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+def test_min_lr_reaches_the_cosine_schedule():
+    _, _, args = parse_arguments(
+        [*BASE, "--lr_scheduler_type", "cosine_with_min_lr", "--min_lr", "1e-6", "--learning_rate", "1e-5"]
+    )
+    assert args.lr_scheduler_kwargs == {"min_lr_rate": pytest.approx(0.1)}
+
+
+def test_optional_switches_need_no_value():
+    model, _, _ = parse_arguments([*BASE, "--use_qk_norm", "--use_mixed_mlp_moe", "--trust_remote_code", "false"])
+    assert (model.use_qk_norm, model.use_mixed_mlp_moe, model.trust_remote_code) == (True, True, False)
 
 
 def test_a_config_file_reads_like_flags(tmp_path):
