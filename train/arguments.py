@@ -20,6 +20,7 @@ import torch
 import transformers
 import yaml
 from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
 
 from console import Refused, choice, note
 
@@ -88,6 +89,7 @@ class ModelArguments:
     def __post_init__(self):
         at_least(self, 1, "hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "lora_rank")
         at_least(self, 1, "num_experts", "moe_topk", "model_max_length", "lora_alpha", "vocab_size")
+        at_least(self, 1, "num_key_value_heads", "max_position_embeddings")
         if not 0 <= self.lora_dropout < 1:
             raise Refused(f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
 
@@ -133,11 +135,13 @@ class TrainingArguments(transformers.TrainingArguments):
         at_least(self, 0, "learning_rate", "min_lr", "warmup_steps", "num_train_epochs", "weight_decay", "seed")
         if self.min_lr > self.learning_rate:
             raise Refused(f"--min_lr {self.min_lr:g} is above --learning_rate {self.learning_rate:g}")
-        choose_device(self)
-        old_flags(self)
+        if self.eval_strategy != "no":
+            raise Refused(f"--eval_strategy {self.eval_strategy}: there are no evaluation rows to use it on yet")
         if self.deepspeed is not None:
             self.deepspeed = read_deepspeed_file(self.deepspeed)
         join_the_others(self)
+        choose_device(self)
+        old_flags(self)
         if self.lr_scheduler_type in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
             own = self.lr_scheduler_kwargs or {}
             own = json.loads(own) if isinstance(own, str) else dict(own)
@@ -151,6 +155,11 @@ class TrainingArguments(transformers.TrainingArguments):
             import deepspeed
 
             deepspeed.init_distributed("gloo")
+        missing = set(self.report_to) - set(get_available_reporting_integrations())
+        if missing:
+            raise Refused(
+                f"--report_to {' '.join(sorted(missing))}: not known or not installed (pip install it, or none)"
+            )
         if self._n_gpu > 1:  # nn.DataParallel would split the batch's one-dimensional tensors
             choice("GPUs used", f"1 of {self._n_gpu}", "plain python runs one process; torchrun or train.sh uses all")
             self._n_gpu = 1
@@ -179,10 +188,12 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
 
     Raises Refused with the flag or key and, for an unknown one, the nearest that exists.
     """
+    launcher = [arg for arg in argv[:1] if arg.startswith("--local_rank=")]  # deepspeed puts it in front
+    argv = argv[len(launcher) :]
     if argv and not argv[0].startswith("-"):
         argv = config_file_as_flags(argv[0]) + argv[1:]
     parser = _Parser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
-    namespace, unknown = parser.parse_known_args(argv)
+    namespace, unknown = parser.parse_known_args(launcher + argv)
     if unknown:
         known = [name for action in parser._actions for name in action.option_strings]
         flag = unknown[0].split("=")[0]
@@ -190,9 +201,18 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         raise Refused(f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else ""))
     values = vars(namespace)
     try:
-        return tuple(cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in parser.dataclass_types)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # what TrainingArguments itself refuses
-        raise Refused(" ".join(str(error).split())) from error
+        model, data, training = (
+            cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in parser.dataclass_types
+        )
+    except Refused:
+        raise
+    except Exception as error:  # what TrainingArguments and DeepSpeed's configuration refuse themselves
+        raise Refused(f"{' '.join(str(error).split())} ({type(error).__name__})") from error
+    gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    zero3 = training.deepspeed and training.hf_deepspeed_config.is_zero3()
+    if zero3 and not model.use_lora and not training.hf_deepspeed_config.get_value(gather):
+        raise Refused(f"--deepspeed: {gather} must be true, else the final directory has no weights")
+    return model, data, training
 
 
 def config_file_as_flags(path: str) -> list[str]:
@@ -220,6 +240,10 @@ def choose_device(args: TrainingArguments) -> None:
     if not args.use_cpu and torch.cuda.is_available():
         return
     os.environ["DS_ACCELERATOR"] = "cpu"
+    if args.deepspeed:  # compiles a library at its first use; pip's ninja lies beside the interpreter
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        if shutil.which("g++") is None:
+            raise Refused("--deepspeed on a CPU compiles a library: install g++, or leave --deepspeed out")
     if args.use_cpu:
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
@@ -286,33 +310,28 @@ def read_deepspeed_file(name: str) -> dict | str:
         raise Refused(f"--deepspeed {path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise Refused(f"--deepspeed {path}: must hold a JSON object")
+    scale = config.get("fp16", {}).get("min_loss_scale", 1) if isinstance(config.get("fp16", {}), dict) else None
+    if not isinstance(scale, int) or not isinstance(config.get("zero_optimization", {}), dict):
+        what = "fp16.min_loss_scale must be an integer, e.g. 1" if not isinstance(scale, int) else "zero_optimization"
+        raise Refused(f"--deepspeed {path}: {what}: today's DeepSpeed does not take it as it stands")
     return config
 
 
 def join_the_others(args: TrainingArguments) -> None:
     """Set the rendezvous variables where the launcher did not: under srun from Slurm's own, else, for DeepSpeed, a
-    world of one.
-
-    DeepSpeed otherwise looks for MPI. On a CPU it needs a compiler, refused here where there is none.
+    world of one. DeepSpeed otherwise looks for MPI.
     """
-    if args.deepspeed and args.use_cpu:
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # pip's ninja is there
-        if shutil.which("g++") is None:
-            raise Refused(
-                "--deepspeed on a CPU compiles a library at its first use: install g++, or leave --deepspeed out"
-            )
     if "RANK" in os.environ:
         return
     slurm_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if slurm_tasks > 1:
+        os.environ.update(RANK=os.environ["SLURM_PROCID"], LOCAL_RANK=os.environ["SLURM_LOCALID"])
+        os.environ.update(WORLD_SIZE=str(slurm_tasks))
+        if os.environ.get("SLURM_STEP_NUM_NODES") == "1":
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_ADDR" not in os.environ:
-            raise Refused(
-                "under srun set MASTER_ADDR to the first node's name: export MASTER_ADDR=$(hostname) before srun"
-            )
+            raise Refused("MASTER_ADDR is not set: under srun on several nodes export the first node's name")
         os.environ.setdefault("MASTER_PORT", "29500")
-        os.environ.update(
-            RANK=os.environ["SLURM_PROCID"], LOCAL_RANK=os.environ["SLURM_LOCALID"], WORLD_SIZE=str(slurm_tasks)
-        )
     elif args.deepspeed:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

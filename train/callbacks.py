@@ -3,6 +3,8 @@ the answers to prompts before and after."""
 
 import json
 import math
+import os
+import re
 import resource
 import sys
 import time
@@ -52,19 +54,27 @@ class ProgressLine(ProgressCallback):
             super().on_train_end(args, state, control, **kwargs)
 
 
+def stop_if_not_finite(loss: float, step: int) -> None:
+    """End the run with exit code 3 when a loss is nan or infinite. Every rank must see the same value."""
+    if not math.isfinite(loss):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: the loss is {loss} at step {step}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_NON_FINITE)
+
+
 class StopOnNonFinite(TrainerCallback):
-    """End the run with exit code 3 when the logged loss is nan or infinite: every rank sees the same value."""
+    """Look at each loss that is logged; what is not yet logged is looked at before it is saved (trainer.py)."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            if state.is_world_process_zero:
-                print(f"stopped: the loss is {loss} at step {state.global_step}", file=sys.stderr, flush=True)
-            sys.exit(EXIT_NON_FINITE)
+        if "loss" in (logs or {}):
+            stop_if_not_finite(logs["loss"], state.global_step)
 
 
 class Meter(TrainerCallback):
     """Tokens and seconds of the steps, padding, evaluation and saving left out."""
+
+    FIGURES = ("tokens", "supervised_tokens", "padding_share", "tokens_per_second", "mfu", "seconds_to_first_step")
+    FIGURES += ("peak_memory_bytes", "world_size", "global_batch_size", "trainable_params", "total_params")
 
     def __init__(self):
         self.counts = torch.zeros(3, dtype=torch.int64)  # real tokens, supervised tokens, positions
@@ -136,7 +146,7 @@ def model_flops_utilization(model: torch.nn.Module, tokens_per_second: float, ar
     if args.device.type != "cuda" or not (args.bf16 or args.fp16):
         return None
     name = torch.cuda.get_device_name(args.device)
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name.split() or part in name), None)
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
     if peak is None:
         return None
     config = model.config
@@ -159,19 +169,20 @@ class Probe(TrainerCallback):
 
     def __init__(self, file: str, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 128):
         try:
-            rows = [
-                json.loads(line)["messages"] for line in Path(file).read_text(encoding="utf-8").splitlines() if line
-            ]
+            lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line]
+            rows = [json.loads(line)["messages"] for line in lines]
             self.expected = [answer_in(messages[-1]["content"]) for messages in rows]
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            self.questions = [messages[-2]["content"] for messages in rows]
+            asked = [messages[:-1] for messages in rows]
+            prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
+        except Exception as error:  # a template may raise anything
             raise Refused(f"--probe_file {file}: not a jsonl of conversations ({type(error).__name__})") from error
         if not rows:
             raise Refused(f"--probe_file {file}: is empty")
-        self.questions = [messages[-2]["content"] for messages in rows]
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
-        prompts = [tokenizer.apply_chat_template(m[:-1], add_generation_prompt=True, return_dict=False) for m in rows]
+        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         width = max(map(len, prompts))
-        self.prompts = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
+        self.prompts = torch.tensor([[self.pad] * (width - len(p)) + p for p in prompts])
         self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         self.before = self.after = None
 
@@ -187,7 +198,7 @@ class Probe(TrainerCallback):
             do_sample=False,
             use_cache=True,
             eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=self.pad,
         )[:, self.prompts.shape[1] :]
         model.train(training)
         return [answer_in(text) for text in self.tokenizer.batch_decode(replies, skip_special_tokens=True)]

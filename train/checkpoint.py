@@ -1,15 +1,18 @@
-"""What a saved directory holds: the weights in the dtype that the precision rule says, and everything that makes it
-stand alone.
+"""What a saved directory holds: weights in the dtype that the precision rule says, and all that makes it stand alone.
 
 A full checkpoint gets what the base directory has beside its weights (config, tokenizer, chat template, code), byte
-for byte but for the dtype in config.json. Saving a tokenizer anew is avoided: the released A13B tokenizer writes a
-file name that it does not read again.
+for byte but for the dtype in config.json. Saving a tokenizer anew is avoided: that of the released A13B writes a file name
+that it does not read again.
+
+Refused (exit code 2): an output directory that holds another run, or that is or holds the model to train.
 """
 
 import json
 import math
 import shutil
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,37 +23,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from console import Refused, note
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
-RUN_FILES = ("checkpoint-*", "*.safetensors*", "adapter_config.json", "train_results.json", "trainer_state.json")
-NOT_COPIED = (
-    "config.json",
-    "README.md",
-    "adapter_config.json",
-    "train_results.json",
-    "trainer_state.json",
-    "log_*.txt",
-    "*.png",
-)
-NOT_COPIED += ("latest", "zero_to_fp32.py", "zero_to_torch.py")  # of DeepSpeed's checkpoint
+RUN_FILES = ("checkpoint-*", "*.safetensors*", "config.json", "adapter_config.json", "train*_results.json")
+RUN_FILES += ("trainer_state.json",)
+NOT_COPIED = ("config.json", "README.md", "adapter_config.json", "train_results.json", "trainer_state.json")
+NOT_COPIED += ("log_*.txt", "*.png", "latest", "zero_to_fp32.py", "zero_to_torch.py")
 
 
-def holds_run(output_dir: Path) -> bool:
-    """Whether a directory has a run in it that a new one would mix with."""
-    return (output_dir / "train_results.json").exists() or any(output_dir.glob("checkpoint-*"))
+# ------------------------------------------------------------------------------------------------- an earlier run
 
 
-def set_aside(output_dir: Path) -> None:
-    """Move an earlier run's checkpoints, final model and results into `previous-<time>/`; logs and curves stay."""
-    aside = output_dir / time.strftime("previous-%Y%m%d-%H%M%S")
-    for pattern in RUN_FILES:
-        for file in list(output_dir.glob(pattern)):
-            aside.mkdir(exist_ok=True)
-            file.rename(aside / file.name)
-    note(f"--overwrite_output_dir: the earlier run in {output_dir} was moved to {aside}")
+def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_path: str | None) -> bool:
+    """Refuse an output directory that is a file, holds another run, or that overwriting would take the model from.
 
-
-def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_path: str | None) -> None:
-    """Refuse an output directory that holds another run, that is a file, or that overwriting would take the model
-    from."""
+    Returns whether there is an earlier run to set aside, once the new one is about to begin.
+    """
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise Refused(f"--output_dir {output}: is a file")
@@ -58,33 +44,33 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
     for flag, path in (("model", model_path), ("tokenizer", tokenizer_path)):
         if path is None or resumed or not Path(path).exists():
             continue
-        inside = Path(path).resolve().is_relative_to(output.resolve())
-        if inside and args.overwrite_output_dir:
+        if Path(path).resolve().is_relative_to(output.resolve()) and args.overwrite_output_dir:
             raise Refused(
                 f"--{flag}_name_or_path {path}: lies in --output_dir, which --overwrite_output_dir would move"
             )
         if Path(path).resolve() == output.resolve():
             raise Refused(f"--output_dir {output}: is the {flag}'s own directory, its files would be overwritten")
-    if holds_run(output) and not resumed:
-        if not args.overwrite_output_dir:
-            raise Refused(
-                f"--output_dir {output}: holds another run. Choose another directory, go on with it "
-                "(--resume_from_checkpoint), or set it aside (--overwrite_output_dir)"
-            )
-        if args.process_index == 0:
-            set_aside(output)
+    if resumed or not ((output / "train_results.json").exists() or any(output.glob("checkpoint-*"))):
+        return False
+    if not args.overwrite_output_dir:
+        raise Refused(
+            f"--output_dir {output}: holds another run. Choose another directory, go on with it "
+            "(--resume_from_checkpoint), or set it aside (--overwrite_output_dir)"
+        )
+    return True
 
 
-# ------------------------------------------------------------------------------------------------ a finished run
+def set_aside(output_dir: Path) -> None:
+    """Move an earlier run's checkpoints, final model and results into `previous-<time>/`; logs and curves stay."""
+    aside = output_dir / time.strftime("previous-%Y%m%d-%H%M%S")
+    aside.mkdir()
+    for pattern in RUN_FILES:
+        for file in list(output_dir.glob(pattern)):
+            file.rename(aside / file.name)
+    note(f"--overwrite_output_dir: the earlier run in {output_dir} was moved to {aside}")
 
 
-def steps_of_run(args: TrainingArguments, num_examples: int) -> int:
-    """Optimizer steps that the arguments ask for, counted as the Trainer counts them."""
-    if args.max_steps > 0:
-        return args.max_steps
-    round_up = math.floor if args.dataloader_drop_last else math.ceil
-    batches = round_up(round_up(num_examples / args.per_device_train_batch_size) / args.world_size)
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+# ------------------------------------------------------------------------------------------------- a finished run
 
 
 def last_step(checkpoint: str) -> int:
@@ -92,59 +78,45 @@ def last_step(checkpoint: str) -> int:
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
-def finish_from(checkpoint: Path, args: TrainingArguments, base: str | None, tokenizer_path: str, tokenizer) -> None:
-    """Write the final files of a run whose last step is in `checkpoint`: no step is left to make."""
+def steps_of_run(args: TrainingArguments, num_examples: int) -> int:
+    """Optimizer steps that the arguments ask for, counted as the Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    whole = math.floor if args.dataloader_drop_last else math.ceil
+    batches = whole(whole(num_examples / args.per_device_train_batch_size) / args.world_size)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+def finish_from(checkpoint: Path, args: TrainingArguments, companions: "Companions", figures: dict) -> None:
+    """Write the final files of a run whose last step is in `checkpoint`: no step is left to make.
+
+    Args:
+        figures: for train_results.json, beside the step and the mean of the logged losses.
+    """
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     adapter = (checkpoint / "adapter_config.json").is_file()
     dtype = torch.float32 if adapter else save_dtype(args)
     for file in checkpoint.glob("*.safetensors"):
-        save_file(cast(load_file(file), dtype, fp32_tensors(base)), output / file.name, metadata={"format": "pt"})
-    for name in ("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json"):
+        save_file(cast(load_file(file), dtype, companions.fp32_names), output / file.name, metadata={"format": "pt"})
+    for name in ("config.json", "adapter_config.json", "model.safetensors.index.json"):
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, output / name)
-    complete_directory(output, base or str(checkpoint), tokenizer_path, tokenizer, None if adapter else dtype)
+    companions.write(output, None if adapter else dtype)
     shutil.copyfile(checkpoint / "trainer_state.json", output / "trainer_state.json")
     if not (output / "train_results.json").exists():
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-        figures = {"global_step": state["global_step"], "train_loss": sum(losses) / len(losses) if losses else None}
-        (output / "train_results.json").write_text(json.dumps(figures, indent=2) + "\n")
+        figures |= {"global_step": state["global_step"], "train_loss": sum(losses) / len(losses) if losses else None}
+        (output / "train_results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-# --------------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------------ what is written
 
 
 def save_dtype(args: TrainingArguments) -> torch.dtype:
     """The dtype of the final model: half precision where a flag asks for it."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-
-
-def fp32_tensors(base: str | None) -> set[str]:
-    """Names of the tensors that a half-precision base keeps in fp32 (a router, Hy3's correction bias)."""
-    if base is None or not Path(base).is_dir():
-        return set()
-    config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
-    if (config.get("dtype") or config.get("torch_dtype") or "float32") == "float32":
-        return set()
-    names = set()
-    for file in Path(base).glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            names |= {name for name in tensors.keys() if tensors.get_slice(name).get_dtype() == "F32"}  # noqa: SIM118
-    return names
-
-
-def master_values(model: PreTrainedModel, names: set[str]) -> dict[str, torch.Tensor]:
-    """The named parameters' fp32 values, on the CPU; under ZeRO from the optimiser. All ranks must call."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    values = {}
-    for name, parameter in model.named_parameters():
-        if name in names:
-            value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            if value is not None:
-                values[name] = value.detach().float().cpu()
-    return values
 
 
 def cast(state: dict[str, torch.Tensor], dtype: torch.dtype, keep_fp32: set[str]) -> dict[str, torch.Tensor]:
@@ -155,38 +127,80 @@ def cast(state: dict[str, torch.Tensor], dtype: torch.dtype, keep_fp32: set[str]
     }
 
 
-def complete_directory(
-    directory: Path,
-    base: str | None,
-    tokenizer_path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype | None,
-) -> None:
-    """Put beside the weights what makes the directory loadable alone.
+def master_values(model: PreTrainedModel, names: set[str]) -> dict[str, torch.Tensor]:
+    """The named parameters' fp32 values from the optimiser of ZeRO, on the CPU. All ranks must call."""
+    from deepspeed.utils import safe_get_full_fp32_param
 
-    Args:
-        base: the model's directory; where it is none, the config stays as transformers saved it.
-        dtype: of the weights, for the config; None for an adapter, which has no config.
+    values = {}
+    for name, parameter in model.named_parameters():
+        if name in names and (value := safe_get_full_fp32_param(parameter)) is not None:
+            values[name] = value.detach().float().cpu()
+    return values
+
+
+@dataclass
+class Companions:
+    """What a saved directory gets beside its weights. Read once, at the start: the directory that it comes from may be
+    a checkpoint that is rotated away before the run ends.
+
+    Attributes:
+        files: name → content of the tokenizer's and the base's files at their top, weights and config left out.
+        config: the base's config.json; None: the config stays as transformers saves it.
+        fp32_names: the tensors that a half-precision base keeps in fp32 (a router, Hy3's correction bias).
+        base: the base's directory.
     """
-    if Path(tokenizer_path).is_dir():
-        copy_beside_weights(Path(tokenizer_path), directory)
-    else:
-        tokenizer.save_pretrained(directory)
-    if dtype is None:
-        return
-    if base is not None and Path(base).is_dir():
-        copy_beside_weights(Path(base), directory)
+
+    files: dict[str, bytes]
+    config: dict | None = None
+    fp32_names: frozenset[str] = frozenset()
+    base: Path | None = None
+
+    @classmethod
+    def read(cls, base: str | None, tokenizer_path: str, tokenizer: PreTrainedTokenizerBase) -> "Companions":
+        """Of the tokenizer, and of a base that is a directory (None or a hub id has no files here)."""
+        if Path(tokenizer_path).is_dir():
+            files = beside_weights(Path(tokenizer_path))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                tokenizer.save_pretrained(folder)
+                files = beside_weights(Path(folder))
+        if base is None or not Path(base).is_dir():
+            return cls(files)
         config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
-    else:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        config["use_cache"] = True  # off in the Trainer, wanted where the model is used
-    for key in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:
-        config[key] = str(dtype).removeprefix("torch.")
-    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        names = set()
+        if (config.get("dtype") or config.get("torch_dtype") or "float32") != "float32":
+            for file in Path(base).glob("*.safetensors"):
+                with safe_open(file, framework="pt") as tensors:
+                    names |= {n for n in tensors.keys() if tensors.get_slice(n).get_dtype() == "F32"}  # noqa: SIM118
+        # the tokenizer's own files win: --tokenizer_name_or_path may be another directory than the base
+        return cls(beside_weights(Path(base)) | files, config, frozenset(names), Path(base))
+
+    def base_values(self, names: set[str]) -> dict[str, torch.Tensor]:
+        """The base's own values of the named tensors."""
+        values = {}
+        for file in self.base.glob("*.safetensors") if names else ():
+            with safe_open(file, framework="pt") as tensors:
+                values |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
+        return values
+
+    def write(self, directory: Path, dtype: torch.dtype | None) -> None:
+        """Put the files beside weights of `dtype`; None for an adapter, which has no config."""
+        for name, content in self.files.items():
+            (directory / name).write_bytes(content)
+        if dtype is None:
+            return
+        config = dict(self.config or json.loads((directory / "config.json").read_text(encoding="utf-8")))
+        if self.config is None:
+            config["use_cache"] = True  # off in the Trainer, wanted where the model is used
+        for key in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:
+            config[key] = str(dtype).removeprefix("torch.")
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
 
 
-def copy_beside_weights(source: Path, target: Path) -> None:
-    """Copy the files at a directory's top that are neither weights, nor the config, nor a run's own."""
-    for file in source.iterdir():
-        if file.is_file() and not any(file.match(pattern) for pattern in WEIGHT_FILES + NOT_COPIED):
-            shutil.copyfile(file, target / file.name)
+def beside_weights(source: Path) -> dict[str, bytes]:
+    """The files at a directory's top that are neither weights, nor the config, nor a run's own."""
+    files = (file for file in source.iterdir() if file.is_file())
+    return {
+        f.name: f.read_bytes() for f in files if not any(f.match(pattern) for pattern in WEIGHT_FILES + NOT_COPIED)
+    }

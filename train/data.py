@@ -12,6 +12,7 @@ import functools
 import glob
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,18 +55,30 @@ def data_files(patterns: list[str]) -> list[Path]:
 
 def read_rows(file: Path) -> Iterator[tuple[int, dict | BadRow]]:
     """Yield (line number from 1, row or what is wrong with it) for each line that is not blank."""
+    number = 0
     with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, check_row(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
-            except UnicodeDecodeError:
-                yield number, BadRow("not UTF-8")
-            except json.JSONDecodeError as error:
-                yield number, BadRow(f"not JSON: {error.msg} at column {error.colno}")
-            except BadRow as error:
-                yield number, error
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, parse_row(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+        except (EOFError, OSError, zlib.error) as error:
+            raise Refused(
+                f"{file}:{number + 1}: cannot be read ({type(error).__name__}): is the file whole?"
+            ) from error
+
+
+def parse_row(line: bytes) -> dict | BadRow:
+    """The row that a line holds, or what is wrong with it."""
+    try:
+        return check_row(json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError:
+        return BadRow("not UTF-8")
+    except json.JSONDecodeError as error:
+        return BadRow(f"not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return BadRow("nested too deep")
+    except BadRow as error:
+        return error
 
 
 def check_row(row: object) -> dict:

@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections import Counter, namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -300,7 +301,8 @@ def main(argv: list[str] | None = None) -> None:
     if output in (base, adapter):
         itself = "base" if output == base else "adapter"
         raise Refused(f"--output_path {output}: is the {itself} itself; give another directory")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if occupied and args.output_path:
         raise Refused(f"--output_path {output}: is there and not empty; remove it or give another directory")
 
     # 3. What the base holds, and what of it the adapter changes
@@ -362,6 +364,10 @@ def main(argv: list[str] | None = None) -> None:
                 if wanted != found:
                     raise Refused(f"{output}: not the base's tensors: {some(sorted(map(str, wanted ^ found)))}")
                 choice("verify keys", f"{len(wanted)} tensors", "names and shapes are the base's, dtypes as asked for")
+            if occupied:  # the default place holds an earlier merge
+                earlier = output.with_name(f"{output.name}-previous-{time.strftime('%Y%m%d-%H%M%S')}")
+                output.rename(earlier)
+                choice("earlier merge", earlier, "moved aside")
     except (OSError, SafetensorError) as error:  # a full disk among them
         raise Refused(f"--output_path {output}: could not be written, nothing is left there: {error}") from None
     print(f"merged {len(updates)} of {len(tensors)} tensors into {output} ({needed / 1e9:.3f} GB)")

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -48,7 +49,7 @@ def check_directory(args: ModelArguments) -> None:
             raise Refused(f"--model_name_or_path {path}: has no config.json")
         if not any(any(directory.glob(pattern)) for pattern in WEIGHTS):
             raise Refused(f"--model_name_or_path {path}: holds no weights (*.safetensors)")
-        if "quantization_config" in read_json(directory / "config.json"):
+        if read_json(directory / "config.json").get("quantization_config"):
             raise Refused(
                 f"--model_name_or_path {path}: is quantised (quantization_config in config.json): train its base"
             )
@@ -72,21 +73,34 @@ def take_up(args: ModelArguments, training: TrainingArguments) -> str | None:
             raise Refused("--use_lora: an adapter needs a model: give --model_name_or_path")
         return None
     directory = Path(training.resume_from_checkpoint)
-    if not (directory / "trainer_state.json").is_file():
-        raise Refused(f"--resume_from_checkpoint {directory}: is not a checkpoint (it has no trainer_state.json)")
+    state = read_json(directory / "trainer_state.json") if (directory / "trainer_state.json").is_file() else {}
+    if not {"global_step", "log_history"} <= set(state):
+        raise Refused(
+            f"--resume_from_checkpoint {directory}: is not a checkpoint (it has no whole trainer_state.json)"
+        )
     args.use_lora = (directory / "adapter_config.json").is_file()
     if not args.use_lora:
         args.model_name_or_path = str(directory)
     elif args.model_name_or_path is None:
         args.model_name_or_path = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
     args.tokenizer_name_or_path = args.tokenizer_name_or_path or str(directory)
-    note(f"going on from {directory}: weights, optimiser, scheduler, data position and random state")
     return str(directory)
+
+
+def check_training_state(directory: str, deepspeed: bool) -> None:
+    """Refuse a checkpoint without the optimiser's state: the Trainer would begin with a fresh one and not say so."""
+    if not any(Path(directory).glob("global_step*" if deepspeed else "optimizer.pt")):
+        raise Refused(
+            f"--resume_from_checkpoint {directory}: holds no optimiser state of a run "
+            f"{'with' if deepspeed else 'without'} DeepSpeed. To begin anew from its weights, give it as "
+            "--model_name_or_path"
+        )
+    note(f"going on from {directory}: weights, optimiser, scheduler, data position and random state")
 
 
 def looks_local(path: str) -> bool:
     """Whether a name is meant as a path on this machine and not as `owner/name` on a hub."""
-    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
 
 
 def read_json(path: Path) -> dict:
@@ -140,18 +154,25 @@ def load_model(
         note_ignored_architecture(args)
         path = args.model_name_or_path
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=load_dtype(args, training),
                 attn_implementation=attention,
                 trust_remote_code=trusts(args, path),
                 cache_dir=args.cache_dir,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, ImportError, KeyError) as error:
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise Refused(f"--model_name_or_path {path}: does not load: {first_line(error)}") from error
+        if missing := sorted(info["missing_keys"]):  # they would be trained from random values
+            raise Refused(f"--model_name_or_path {path}: {len(missing)} weights are missing: {', '.join(missing[:5])}")
     choice("attention", model.config._attn_implementation, "--use_flash_attn" if attention else "the model's default")
     if args.use_lora:
         model = add_adapter(model, args, resume)
+        if args.train_attention_params_only:
+            note("--train_attention_params_only has no effect: with --use_lora only the adapter is trained")
     elif args.train_attention_params_only:
         for name, parameter in model.named_parameters():
             parameter.requires_grad = ".self_attn." in name

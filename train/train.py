@@ -22,10 +22,18 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from arguments import note_without_effect, parse_arguments
 from callbacks import Meter, Probe, ProgressLine, StopOnNonFinite
-from checkpoint import check_output_dir, finish_from, last_step, steps_of_run
+from checkpoint import Companions, check_output_dir, finish_from, last_step, set_aside, steps_of_run
 from console import Refused, note
 from data import Collator, load_examples
-from model import check_directory, load_model, load_tokenizer, number_of_parameters, take_up, takes_supervised_head
+from model import (
+    check_directory,
+    check_training_state,
+    load_model,
+    load_tokenizer,
+    number_of_parameters,
+    take_up,
+    takes_supervised_head,
+)
 from trainer import Trainer
 
 
@@ -35,7 +43,7 @@ def main(argv: list[str]) -> None:
     note_without_effect(model_args, data_args, training_args)
     base, resume = model_args.model_name_or_path, take_up(model_args, training_args)
     check_directory(model_args)
-    check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
+    earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
 
     # 2. Data: rows → token sequences.
     tokenizer = load_tokenizer(model_args)
@@ -44,11 +52,21 @@ def main(argv: list[str]) -> None:
         f"{examples.num_rows} rows: {len(examples)} sequences to train on, "
         f"{examples.num_rows_unsupervised} rows left without a supervised token"
     )
+    figures = {
+        "num_rows": examples.num_rows,
+        "num_rows_skipped": examples.num_rows_skipped,
+        "num_rows_unsupervised": examples.num_rows_unsupervised,
+        "num_examples": len(examples),
+    }
+    tokenizer_path = model_args.tokenizer_name_or_path or model_args.model_name_or_path
+    companions = Companions.read(base or resume, tokenizer_path, tokenizer)
     if resume and last_step(resume) >= steps_of_run(training_args, len(examples)):
         note(f"{resume} is the end of a finished run: no step is left, its final files are written")
         if training_args.should_save:
-            finish_from(Path(resume), training_args, base, model_args.tokenizer_name_or_path, tokenizer)
+            finish_from(Path(resume), training_args, companions, figures | dict.fromkeys(Meter.FIGURES))
         return
+    if resume:
+        check_training_state(resume, bool(training_args.deepspeed))
     probe = Probe(training_args.probe_file, tokenizer) if training_args.probe_file else None
 
     # 3. Model. Seeded before: what is drawn at random is drawn here.
@@ -72,27 +90,24 @@ def main(argv: list[str]) -> None:
         data_collator=collator,
         callbacks=[StopOnNonFinite()] + ([probe] if probe else []),
         meter=meter,
-        base=base or resume,
-        tokenizer_path=model_args.tokenizer_name_or_path or model_args.model_name_or_path,
-        tokenizer=tokenizer,
+        companions=companions,
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(ProgressLine())
 
     # 5. Run.
+    if earlier_run and trainer.is_world_process_zero():
+        set_aside(Path(training_args.output_dir))
     result = trainer.train(resume_from_checkpoint=resume)
+    trainer.stop_if_not_finite()
 
     # 6. Save: the final model at the top of output_dir, the curve and the figures beside it.
     trainer.save_model()
     trainer.save_state()
-    figures = {
+    figures |= {
         "train_loss": result.training_loss,
         "global_step": trainer.state.global_step,
-        "num_rows": examples.num_rows,
-        "num_rows_skipped": examples.num_rows_skipped,
-        "num_rows_unsupervised": examples.num_rows_unsupervised,
-        "num_examples": len(examples),
         "global_batch_size": trainer.get_total_train_batch_size(training_args),
         "trainable_params": number_of_parameters(trainer.model, trained=True),
         "total_params": number_of_parameters(trainer.model),
@@ -106,17 +121,19 @@ def main(argv: list[str]) -> None:
     note(f"done: {training_args.output_dir}")
 
 
-def leave() -> None:
-    """End the process; with several ranks past the interpreter's own shutdown.
+def leave(code: int) -> None:
+    """End the process; of several ranks past the interpreter's own shutdown.
 
     There torch 2.13 sometimes aborts after a gloo job is done ("terminate called without an active exception"), which
-    would turn a finished run into a failed one. Goes with the release that does not.
+    would turn any exit code into a failure. Goes with the release that does not.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.barrier()
+        if code == 0:
+            torch.distributed.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
@@ -125,5 +142,7 @@ if __name__ == "__main__":
     except Refused as refusal:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"refused: {refusal}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    leave()
+        leave(2)
+    except SystemExit as stopped:
+        leave(stopped.code or 0)
+    leave(0)

@@ -75,10 +75,13 @@ LORA=$(flag use_lora "$@")
 case ${NODE_IP_LIST:-${IP_LIST:-}} in *,*) refuse "NODE_IP_LIST=${NODE_IP_LIST:-$IP_LIST}: several nodes are not supported yet; unset it" ;; esac
 
 # 2. The machine.
-if [ "${CUDA_VISIBLE_DEVICES-unset}" = unset ]; then GPUS=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
-else GPUS=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[0-9A-Za-z]' || true); [ "$CUDA_VISIBLE_DEVICES" != -1 ] || GPUS=0; fi
+GPUS=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ "$GPUS" -gt 0 ]; then
+    [ "$CUDA_VISIBLE_DEVICES" != -1 ] || CUDA_VISIBLE_DEVICES=
+    VISIBLE=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[0-9A-Za-z]' || true)
+    GPUS=$((VISIBLE < GPUS ? VISIBLE : GPUS))
+fi
 given "$(flag use_cpu "$@")" && GPUS=0
-[ "$GPUS" -gt 0 ] || unset 'RECIPE[0]'
 if [ "$GPUS" -gt 0 ]; then
     choose HOST_GPU_NUM "$GPUS" "the GPUs of this machine"
     choose DS_CONFIG ds_zero3_no_offload.json "the default on GPUs"
@@ -87,6 +90,8 @@ else
     choose DS_CONFIG none "no GPU: DeepSpeed compiles for minutes on a CPU"
 fi
 [[ $HOST_GPU_NUM =~ ^[1-9][0-9]*$ ]] || refuse "HOST_GPU_NUM=$HOST_GPU_NUM: must be a number from 1"
+[ "$GPUS" -eq 0 ] || [ "$HOST_GPU_NUM" -le "$GPUS" ] || refuse "HOST_GPU_NUM=$HOST_GPU_NUM: only $GPUS GPUs are visible"
+[[ $MASTER_PORT =~ ^[0-9]+$ ]] || refuse "MASTER_PORT=$MASTER_PORT: must be a number"
 
 # 3. The model and its rows.
 EXAMPLE=$HERE/example
@@ -101,21 +106,36 @@ elif [ -n "$MODEL_PATH" ]; then
     choose OUTPUT_DIR "$HERE/output/$NAME$(given "$LORA" && echo -lora || true)" "the name of MODEL_PATH"
 elif given "$LORA"; then
     choose MODEL_PATH "$HERE/output/example" "the trained example"
-    [ -f "$MODEL_PATH/config.json" ] || refuse "--use_lora without MODEL_PATH adapts the trained example, which is not there: run first: bash $0"
+    ls "$MODEL_PATH"/model*.safetensors >/dev/null 2>&1 || refuse "--use_lora without MODEL_PATH adapts the trained example, which is not there: run first: bash $0"
     [ -n "$OUTPUT_DIR" ] || FLAGS+=(--overwrite_output_dir)
     choose OUTPUT_DIR "$HERE/output/example-lora" "an adapter of the example"
 else
     FLAGS=("${EXAMPLE_RECIPE[@]}" --overwrite_output_dir --probe_file "$EXAMPLE/prompts.jsonl")
     [ "$GPUS" -eq 0 ] || FLAGS+=(--bf16)
+    CHOICES+=("model = the embedded example (MODEL_PATH is not set)")
     choose TOKENIZER_PATH "$EXAMPLE/tokenizer" "the example's"
     choose OUTPUT_DIR "$HERE/output/example" "the example"
 fi
 choose TRAIN_DATA_FILE "$EXAMPLE/rows.jsonl" "the example's"
 
 # 4. A flag that excludes a part of the recipe takes that part out.
-without() { local out=() f; for f in "${FLAGS[@]}"; do [ "$f" = "$1" ] || out+=("$f"); done; FLAGS=("${out[@]}"); }
-given "$(flag fp16 "$@")" && without --bf16
-[ -z "$(flag warmup_steps "$@")" ] || { without --warmup_ratio; without 0.01; }
+# without NAME: drop --NAME and its value from FLAGS
+without() {
+    local out=() f skip=
+    for f in "${FLAGS[@]}"; do
+        [[ $f != --* ]] || { [ "$f" = "--$1" ] && skip=1 || skip=; }
+        [ -n "$skip" ] || out+=("$f")
+    done
+    FLAGS=("${out[@]}")
+}
+[ "$GPUS" -gt 0 ] || without bf16
+given "$(flag fp16 "$@")" && without bf16
+[ -z "$(flag warmup_steps "$@")" ] || without warmup_ratio
+RATE=$(flag learning_rate "$@")
+if [ -n "$RATE" ] && [ -z "$(flag min_lr "$@")" ]; then  # the recipe's lowest rate may be above the rate that is given
+    LOWEST=$(flag min_lr "${FLAGS[@]}")
+    "$PYTHON" -c "import sys; sys.exit(float(sys.argv[1]) < float(sys.argv[2]))" "$RATE" "$LOWEST" 2>/dev/null || without min_lr
+fi
 
 FLAGS+=(--train_data_file "$TRAIN_DATA_FILE" --output_dir "$OUTPUT_DIR" --deepspeed "$DS_CONFIG")
 [ -z "$MODEL_PATH" ] || FLAGS+=(--model_name_or_path "$MODEL_PATH")
@@ -124,7 +144,7 @@ COMMAND=("$PYTHON" "$HERE/train.py" "${FLAGS[@]}" "$@")
 [ "$HOST_GPU_NUM" -eq 1 ] || COMMAND=("$PYTHON" "$HERE/launch.py" "$HOST_GPU_NUM" "$MASTER_PORT" "${COMMAND[@]:1}")
 
 # 5. Run: output also in a log file, signals passed on, the exit code kept.
-mkdir -p "$OUTPUT_DIR"
+mkdir -p "$OUTPUT_DIR" 2>/dev/null && [ -w "$OUTPUT_DIR" ] || refuse "OUTPUT_DIR=$OUTPUT_DIR: is not a directory that can be written"
 LOG=$OUTPUT_DIR/log_$(date +%Y%m%d-%H%M%S).txt
 exec > >(trap '' INT TERM HUP; exec tee -a "$LOG") 2>&1
 TEE=$!

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from callbacks import Meter
-from checkpoint import cast, complete_directory, fp32_tensors, master_values, save_dtype
+from callbacks import Meter, stop_if_not_finite
+from checkpoint import Companions, cast, master_values, save_dtype
 
 TAKES_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
 
@@ -16,17 +16,19 @@ class Trainer(transformers.Trainer):
     """transformers.Trainer.
 
     Args:
-        base: the model's directory, whose files make a checkpoint whole (None: built from flags).
-        tokenizer_path: the tokenizer's directory.
-        tokenizer: written where `tokenizer_path` is not a directory. Not handed on as `processing_class`: the Trainer
-        would change the
-            special tokens in the model's config after it.
+        meter: counts tokens and seconds.
+        companions: what a saved directory gets beside its weights. The tokenizer is among it, and not handed on as
+            `processing_class`: the Trainer would change the special tokens in the model's config after it.
     """
 
-    def __init__(self, *args, meter: Meter, base: str | None, tokenizer_path: str, tokenizer, **kwargs):
+    def __init__(self, *args, meter: Meter, companions: Companions, **kwargs):
         super().__init__(*args, **kwargs)
-        self.meter, self.base, self.tokenizer_path, self.tokenizer = meter, base, tokenizer_path, tokenizer
+        self.meter, self.companions, self.masters = meter, companions, {}
         self.add_callback(meter)
+        if self.args.should_save and self.is_deepspeed_enabled and not self.is_adapter:
+            # the engine rounds them, and frozen tensors have no masters to read
+            frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+            self.masters = companions.base_values(frozen & companions.fp32_names)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Count what a step really processes."""
@@ -45,23 +47,31 @@ class Trainer(transformers.Trainer):
             ]
         return scheduler
 
+    def stop_if_not_finite(self) -> None:
+        """Look at the losses since the last logging step. All ranks must call."""
+        losses = self.accelerator.gather(self._tr_loss.detach().reshape(1))
+        stop_if_not_finite(losses.sum().item(), self.state.global_step)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.stop_if_not_finite()
+        super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter. The Trainer itself calls with `_internal_call` for a checkpoint, train.py without
         for the end."""
         self.is_final_save = not _internal_call
-        self.masters = {}
-        if self.is_deepspeed_enabled and self.deepspeed is not None:  # collective: before rank 0 goes on alone
+        if self.is_deepspeed_enabled:  # collective: before rank 0 goes on alone
             trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-            self.masters = master_values(self.model, trained if self.is_adapter else trained & fp32_tensors(self.base))
+            self.masters |= master_values(
+                self.model, trained if self.is_adapter else trained & self.companions.fp32_names
+            )
         super().save_model(output_dir, _internal_call)
-        self.masters = {}
 
     @property
     def is_adapter(self) -> bool:
         return hasattr(self.model, "peft_config")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        directory = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
         if self.is_adapter:
@@ -72,8 +82,8 @@ class Trainer(transformers.Trainer):
             if not self.is_deepspeed_enabled and not self.is_final_save:
                 dtype = torch.float32  # here the weights are the masters: resuming is exact
             state_dict = self.model.state_dict() if state_dict is None else state_dict
-            state_dict = cast({**state_dict, **self.masters}, dtype, fp32_tensors(self.base))
+            state_dict = cast({**state_dict, **self.masters}, dtype, self.companions.fp32_names)
             for tied in getattr(self.model, "all_tied_weights_keys", {}):
                 state_dict.pop(tied, None)  # ZeRO-2 hands out both names of a tied tensor
         super()._save(output_dir, state_dict=state_dict)
-        complete_directory(directory, self.base, self.tokenizer_path, self.tokenizer, dtype)
+        self.companions.write(Path(output_dir or self.args.output_dir), dtype)
