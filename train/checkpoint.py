@@ -1,8 +1,8 @@
 """What a saved directory holds: weights in the dtype that the precision rule says, and all that makes it stand alone.
 
 A full checkpoint gets what the base directory has beside its weights (config, tokenizer, chat template, code), byte
-for byte but for the dtype in config.json. Saving a tokenizer anew is avoided: that of the released A13B writes a file name
-that it does not read again.
+for byte but for the dtype in config.json. Saving a tokenizer anew is avoided: that of the released A13B writes a file
+name that it does not read again.
 
 Refused (exit code 2): an output directory that holds another run, or that is or holds the model to train.
 """

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         "num_examples": len(examples),
     }
     tokenizer_path = model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    companions = Companions.read(base or resume, tokenizer_path, tokenizer)
+    companions = Companions.read(base or model_args.model_name_or_path, tokenizer_path, tokenizer)
     if resume and last_step(resume) >= steps_of_run(training_args, len(examples)):
         note(f"{resume} is the end of a finished run: no step is left, its final files are written")
         if training_args.should_save:

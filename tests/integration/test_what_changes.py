@@ -89,3 +89,22 @@ def test_what_zero_saves_loads_alone_tokenizer_included(
     assert said[0] == said[1]
     for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "o" / name).read_bytes() == (example_tokenizer_dir / name).read_bytes()
+
+
+@pytest.mark.needs_gxx
+def test_a_frozen_fp32_router_is_not_rounded_by_zero(
+    make_model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path
+):
+    """A bf16 base with an fp32 router, its attention trained under bf16 ZeRO-3: the engine rounds what it holds."""
+    from safetensors.torch import save_file
+
+    base = make_model_dir("moe", example_tokenizer_dir, tmp_path / "base", dtype="bfloat16")
+    before = load_file(base / "model.safetensors")
+    before |= {n: before[n].float() * 1.0001 for n in before if n.endswith("gate.wg.weight")}
+    save_file(before, base / "model.safetensors", metadata={"format": "pt"})
+    more = ["--train_attention_params_only", "--bf16", "--deepspeed", "ds_zero3_no_offload.json"]
+    run = run_train(flags(base, example_rows, tmp_path / "o", *more), launcher="torchrun", nproc=2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    after = load_file(tmp_path / "o" / "model.safetensors")
+    changed = {n for n in before if before[n].dtype != after[n].dtype or not torch.equal(before[n], after[n])}
+    assert changed and all(".self_attn." in n for n in changed)
