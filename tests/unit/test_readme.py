@@ -1,0 +1,37 @@
+"""The two READMEs say the same, and name what there is."""
+
+import dataclasses
+import re
+
+import pytest
+from arguments import DataArguments, ModelArguments, TrainingArguments
+from conftest import REPO
+
+TEXTS = {name: (REPO / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md")}
+OURS = {f.name for cls in (ModelArguments, DataArguments) for f in dataclasses.fields(cls)}
+ALL = OURS | {f.name for f in dataclasses.fields(TrainingArguments)}
+MERGE_AND_CHAT = {"base_model_path", "adapter_model_path", "output_path", "save_dtype", "max_shard_size", "verify"}
+MERGE_AND_CHAT |= {"adapter", "prompt", "no_think"}
+OTHERS = {"logdir", "nproc_per_node", "no-build-isolation"}  # of tensorboard, torchrun and pip
+
+
+def commands(text):
+    """The code blocks, comments left out."""
+    blocks = re.findall(r"```(?:sh|json)\n(.*?)```", text, re.S)
+    return [re.sub(r"\s+#.*", "", line) for block in blocks for line in block.splitlines()]
+
+
+def test_both_have_the_same_sections_commands_and_table_rows():
+    english, chinese = TEXTS.values()
+    assert commands(english) == commands(chinese)
+    for pattern in (r"^#+ ", r"^\|", r"^- "):
+        assert len(re.findall(pattern, english, re.M)) == len(re.findall(pattern, chinese, re.M)), pattern
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_flags_that_are_named_exist_and_ours_are_named(name):
+    named = set(re.findall(r"--([a-z][a-z_-]+)", TEXTS[name]))
+    assert named - ALL - MERGE_AND_CHAT - OTHERS == set()
+    assert OURS - named == set()
+    for script in re.findall(r"(?:bash|python) (train/[\w/]+\.(?:sh|py))", TEXTS[name]):
+        assert (REPO / script).is_file()
