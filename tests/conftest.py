@@ -208,6 +208,8 @@ def run_command(command: list[str], env: dict[str, str] | None = None, timeout: 
     process = subprocess.Popen(
         command, env=full_env, cwd=cwd, text=True, errors="replace", start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # a shell that runs the tests in the background ignores SIGINT, and what it starts would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         stdout, stderr = process.communicate(timeout=timeout)
