@@ -94,6 +94,7 @@ class Meter(TrainerCallback):
         self.mark = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Add the seconds since the mark; the first step, which warms up, only gives the time until it was made."""
         if self.first_step_tokens is None:
             if args.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -210,6 +211,7 @@ class Probe(TrainerCallback):
         self.after = self.answers(model, args.device)
 
     def results(self) -> dict[str, int]:
+        """The figures for train_results.json: prompts, and how many were answered exactly before and after."""
         def correct(answers: list[str]) -> int:
             return sum(a == e for a, e in zip(answers, self.expected))
 

@@ -38,6 +38,7 @@ from trainer import Trainer
 
 
 def main(argv: list[str]) -> None:
+    """The whole job. Raises Refused for wrong input, SystemExit at a non-finite loss."""
     # 1. Arguments. What can be refused is refused here and in 2, before a model is loaded.
     model_args, data_args, training_args = parse_arguments(argv)
     note_without_effect(model_args, data_args, training_args)
