@@ -212,6 +212,7 @@ class Probe(TrainerCallback):
 
     def results(self) -> dict[str, int]:
         """The figures for train_results.json: prompts, and how many were answered exactly before and after."""
+
         def correct(answers: list[str]) -> int:
             return sum(a == e for a, e in zip(answers, self.expected))
 
