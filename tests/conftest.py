@@ -90,6 +90,61 @@ def example_rows() -> Path:
     return TRAIN / "example" / "rows.jsonl"
 
 
+# What the formats of tests/fixtures/chat_templates call their special tokens: (begin, end of a turn, others).
+FORMATS = {
+    "dense": ("<｜hy_begin▁of▁sentence｜>", "<｜hy_place▁holder▁no▁2｜>",
+              ["<｜hy_place▁holder▁no▁3｜>", "<｜hy_place▁holder▁no▁8｜>", "<｜hy_User｜>", "<｜hy_Assistant｜>"]),
+    "hy3": ("<｜hy_begin_of_sentence:test｜>", "<｜hy_eos:test｜>",
+            ["<｜hy_User:test｜>", "<｜hy_Assistant:test｜>", "<｜reasoning_mode:test｜>",
+             "<think:test>", "</think:test>"]),
+    "mt": ("<｜hy_begin▁of▁sentence｜>", "<｜hy_place▁holder▁no▁2｜>",
+           ["<｜hy_place▁holder▁no▁3｜>", "<｜hy_place▁holder▁no▁8｜>", "<｜hy_User｜>", "<｜hy_Assistant｜>"]),
+    "opens_think": ("<|im_start|>", "<|im_end|>", ["<think>", "</think>"]),
+}  # fmt: skip
+
+
+def make_format_tokenizer(name: str, out: Path) -> Path:
+    """Writes a byte-level BPE tokenizer, learned from the READMEs, with a format's special tokens and template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    begin, end, others = FORMATS[name]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=[begin, end, "<pad>", *others],
+    )  # fmt: skip
+    tokenizer.train([str(REPO / "README.md"), str(REPO / "README_CN.md")], trainer)
+    template = (TESTS / "fixtures" / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token="<pad>", chat_template=template
+    ).save_pretrained(out)
+    return Path(out)
+
+
+@pytest.fixture(scope="session")
+def format_tokenizer(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
+    """`format_tokenizer(name)`: the tokenizer of a format of FORMATS, or A13B's: `hy` (real vocabulary), `example`."""
+    from transformers import AutoTokenizer
+
+    made: dict[str, object] = {}
+
+    def get(name: str):
+        if name not in made:
+            if name == "hy":
+                folder = request.getfixturevalue("hy_tokenizer_dir")
+            elif name == "example":
+                folder = EXAMPLE_TOKENIZER
+            else:
+                folder = make_format_tokenizer(name, tmp_path_factory.mktemp("formats") / name)
+            made[name] = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        return made[name]
+
+    return get
+
+
 # --- model directories ---------------------------------------------------------------------------------------------
 
 

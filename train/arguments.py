@@ -5,26 +5,19 @@ file or DeepSpeed file that does not parse, a device that torch cannot use, a De
 """
 
 import difflib
-import glob
 import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-import torch
 import transformers
 import yaml
 from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
 
 from console import Refused, choice, note
-
-HERE = Path(__file__).resolve().parent
+from machine import choose_device, join_the_others, read_deepspeed_file
 
 
 def option(default=None, text: str = "", factory=None):
@@ -100,14 +93,35 @@ class DataArguments:
 
     train_data_file: list[str] = option(text="jsonl files or globs, one conversation a line.", factory=list)
     max_seq_length: int = option(4096, "Tokens a row at most; what is beyond is cut off.")
-    packing: Literal["none", "batch"] = option(
-        "none", "none: pad to the longest row of the batch. batch: lay its rows end to end, no padding."
+    eval_data_file: list[str] = option(text="jsonl files or globs to evaluate on.", factory=list)
+    eval_split: float | None = option(
+        None, "Share of the training rows that is split off to evaluate on, by row hash."
+    )
+    train_on: Literal["all", "last"] = option(
+        "all", 'Supervised turns: all, or those after the last user message. Never one with "weight": 0.'
+    )
+    overlong: Literal["truncate", "drop", "error"] = option("truncate", "What is done with a row over max_seq_length.")
+    bad_rows: Literal["error", "skip"] = option(
+        "error", "error: end before the model is loaded. skip: leave them out."
+    )
+    packing: Literal["none", "batch", "bin"] = option(
+        "none",
+        "none: pad to the longest row of the batch. batch: lay its rows end to end, no padding. "
+        "bin: pack rows into bins of max_seq_length tokens; a batch and an epoch count bins.",
+    )
+    preprocessing_num_workers: int | None = option(
+        None, "Processes that tokenize. Default: one a core, for large files."
     )
     complex_data: str | None = option(None, "No effect: every row may have any number of turns.")
     use_dummy_data: bool = option(False, "No effect: `bash train.sh` with nothing set is the run to try.")
 
     def __post_init__(self):
         at_least(self, 2, "max_seq_length")
+        at_least(self, 1, "preprocessing_num_workers")
+        if self.eval_split is not None and not 0 < self.eval_split < 1:
+            raise Refused(f"--eval_split {self.eval_split}: must be above 0 and below 1")
+        if self.eval_split is not None and self.eval_data_file:
+            raise Refused("--eval_split and --eval_data_file: one of them")
 
 
 @dataclass
@@ -118,6 +132,9 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_nan_inf_filter: bool = option(False, "Hide a non-finite loss in the log. Off: such a loss ends the run.")
     min_lr: float = option(0.0, "Lowest learning rate after the warmup, absolute; with any scheduler.")
     overwrite_output_dir: bool = option(False, "Set an earlier run in output_dir aside, in previous-<time>/.")
+    early_stopping_patience: int | None = option(
+        None, "Stop after so many evaluations without a better metric_for_best_model (default: the loss)."
+    )
     probe_file: str | None = option(
         None, "jsonl of conversations whose last answer is known: answered before and after training, and scored."
     )
@@ -135,8 +152,7 @@ class TrainingArguments(transformers.TrainingArguments):
         at_least(self, 0, "learning_rate", "min_lr", "warmup_steps", "num_train_epochs", "weight_decay", "seed")
         if self.min_lr > self.learning_rate:
             raise Refused(f"--min_lr {self.min_lr:g} is above --learning_rate {self.learning_rate:g}")
-        if self.eval_strategy != "no":
-            raise Refused(f"--eval_strategy {self.eval_strategy}: there are no evaluation rows to use it on yet")
+        at_least(self, 1, "early_stopping_patience")
         if self.deepspeed is not None:
             self.deepspeed = read_deepspeed_file(self.deepspeed)
         join_the_others(self)
@@ -200,6 +216,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         near = difflib.get_close_matches(flag, known, n=1)
         raise Refused(f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else ""))
     values = vars(namespace)
+    choose_evaluation(values)
     try:
         model, data, training = (
             cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in parser.dataclass_types
@@ -213,6 +230,28 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     if zero3 and not model.use_lora and not training.hf_deepspeed_config.get_value(gather):
         raise Refused(f"--deepspeed: {gather} must be true, else the final directory has no weights")
     return model, data, training
+
+
+def choose_evaluation(values: dict) -> None:
+    """With rows to evaluate on, evaluate when a checkpoint is saved, unless told otherwise; refuse what needs such
+    rows where there are none."""
+    if not values["eval_data_file"] and values["eval_split"] is None:
+        for name, off in (
+            ("eval_strategy", "no"),
+            ("early_stopping_patience", None),
+            ("load_best_model_at_end", False),
+        ):
+            if values[name] != off:
+                raise Refused(f"--{name}: there are no rows to evaluate on: --eval_data_file or --eval_split")
+        return
+    if values["eval_strategy"] == "no":
+        values["eval_strategy"] = values["save_strategy"] if values["save_strategy"] in ("steps", "epoch") else "epoch"
+        choice("eval_strategy", values["eval_strategy"], "there are rows to evaluate on")
+    if values["eval_strategy"] == "steps" and values["eval_steps"] is None:
+        values["eval_steps"] = values["save_steps"]
+        choice("eval_steps", values["eval_steps"], "as save_steps")
+    if values["early_stopping_patience"] and values["metric_for_best_model"] is None:
+        values["metric_for_best_model"] = "loss"
 
 
 def config_file_as_flags(path: str) -> list[str]:
@@ -233,33 +272,6 @@ def config_file_as_flags(path: str) -> list[str]:
         elif value is not None:
             flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
-
-
-def choose_device(args: TrainingArguments) -> None:
-    """Set `use_cpu` where there is no NVIDIA device; refuse a device that torch cannot use."""
-    if not args.use_cpu and torch.cuda.is_available():
-        return
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    if args.deepspeed:  # compiles a library at its first use; pip's ninja lies beside the interpreter
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        if shutil.which("g++") is None:
-            raise Refused("--deepspeed on a CPU compiles a library: install g++, or leave --deepspeed out")
-    if args.use_cpu:
-        return
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
-    if glob.glob("/dev/nvidia[0-9]*") and not hidden:
-        try:
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split()[0]
-        except (OSError, subprocess.SubprocessError, IndexError):
-            driver = "unknown"
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-        raise Refused(
-            f"there is an NVIDIA device that torch cannot use: driver {driver}, torch {torch.__version__} ({built}). "
-            "Install a torch built for this driver's CUDA version or a newer driver, or pass --use_cpu"
-        )
-    args.use_cpu = True
-    choice("device", "cpu", "no NVIDIA device" + (" visible: CUDA_VISIBLE_DEVICES is empty" if hidden else ""))
 
 
 def old_flags(args: TrainingArguments) -> None:
@@ -294,46 +306,3 @@ def note_without_effect(model: ModelArguments, data: DataArguments, training: Tr
                 note(f"--{f.name}: {f.metadata['help'][0].lower()}{f.metadata['help'][1:]}")
     if training.save_safetensors is False:
         note("--save_safetensors False: no effect: weights are always saved as safetensors")
-
-
-def read_deepspeed_file(name: str) -> dict | str:
-    """The DeepSpeed configuration, from a path or the name of a file in this folder. `none` is no DeepSpeed."""
-    if name.lower() == "none":
-        return None
-    path = next((p for p in (Path(name), HERE / name) if p.is_file()), None)
-    if path is None:
-        offered = ", ".join(sorted(p.name for p in HERE.glob("ds_*.json")))
-        raise Refused(f"--deepspeed {name}: no such file, here or in {HERE} (which has {offered})")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Refused(f"--deepspeed {path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise Refused(f"--deepspeed {path}: must hold a JSON object")
-    scale = config.get("fp16", {}).get("min_loss_scale", 1) if isinstance(config.get("fp16", {}), dict) else None
-    if not isinstance(scale, int) or not isinstance(config.get("zero_optimization", {}), dict):
-        what = "fp16.min_loss_scale must be an integer, e.g. 1" if not isinstance(scale, int) else "zero_optimization"
-        raise Refused(f"--deepspeed {path}: {what}: today's DeepSpeed does not take it as it stands")
-    return config
-
-
-def join_the_others(args: TrainingArguments) -> None:
-    """Set the rendezvous variables where the launcher did not: under srun from Slurm's own, else, for DeepSpeed, a
-    world of one. DeepSpeed otherwise looks for MPI.
-    """
-    if "RANK" in os.environ:
-        return
-    slurm_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if slurm_tasks > 1:
-        os.environ.update(RANK=os.environ["SLURM_PROCID"], LOCAL_RANK=os.environ["SLURM_LOCALID"])
-        os.environ.update(WORLD_SIZE=str(slurm_tasks))
-        if os.environ.get("SLURM_STEP_NUM_NODES") == "1":
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        if "MASTER_ADDR" not in os.environ:
-            raise Refused("MASTER_ADDR is not set: under srun on several nodes export the first node's name")
-        os.environ.setdefault("MASTER_PORT", "29500")
-    elif args.deepspeed:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

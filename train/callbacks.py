@@ -43,9 +43,10 @@ class ProgressLine(ProgressCallback):
             super().on_step_end(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
+        kinds = [kind for kind in ("loss", "eval_loss") if kind in (logs or {})]
+        if not state.is_world_process_zero or not kinds:
             return
-        parts = [f"step {state.global_step}/{state.max_steps}", f"loss {logs['loss']:.6f}"]
+        parts = [f"step {state.global_step}/{state.max_steps}"] + [f"{kind} {logs[kind]:.6f}" for kind in kinds]
         parts += [f"{key} {logs[key]:.4g}" for key in ("grad_norm", "learning_rate", "epoch") if key in logs]
         (self.training_bar.write if self.training_bar is not None else print)("  ".join(parts))
 

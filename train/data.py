@@ -1,193 +1,275 @@
-"""jsonl rows → supervised token sequences → batches. Knows neither the model nor DeepSpeed.
+"""Rows → supervised token sequences → batches. Knows neither the model nor DeepSpeed.
+
+    python data.py --model DIR --file rows.jsonl            # lengths, and what share of the tokens is supervised
+    python data.py --model DIR --file rows.jsonl --row 12   # line 12 as it will be trained, token by token
 
 A row is `{"messages": [{"role": …, "content": …}, …]}`, rendered by the tokenizer's own chat template. The loss is on
-what the assistant says and on the token that ends its turn, nothing else.
+what the assistant says and on the token that ends its turn, nothing else (chat_format.py finds it).
 
-Refused (exit code 2, with file:line): a file that is missing, empty or a directory, a line that is not a JSON object
-with messages, a message with an unknown role or without text, a conversation without an assistant's turn or that
-begins with one, a row that the template does not render. No message shows a row's text.
+Refused (exit code 2): what rows.py refuses, and with `file:line` what it and chat_format.py call a bad row.
 """
 
 import functools
-import glob
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+import hashlib
+import sys
+from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from console import Refused
+from chat_format import WARNINGS, ChatFormat
+from console import Refused, note
+from rows import CONVERTERS, SHOWN, BadRow, Report, data_files, parse_row
 
 IGNORE_INDEX = -100  # the label of a token that is not supervised
-ROLES = ("system", "user", "assistant", "tool")
-BAD_ROWS_SHOWN = 20
+# -------------------------------------------------------------------------------------------------------------- tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
+@dataclass(frozen=True)
+class Options:
+    """What decides, beside the tokenizer, which tokens of a row are trained on."""
+
+    max_seq_length: int = 4096
+    train_on: str = "all"
+    overlong: str = "truncate"
 
 
-class BadRow(ValueError):
-    """What is wrong with one row, without its text."""
+def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options: Options) -> tuple[pa.Table, Report]:
+    """Lines → token sequences, cut as the options say, and what was found on the way.
 
-
-def data_files(patterns: list[str]) -> list[Path]:
-    """The files that paths and globs name, in their order; refused where one is missing, empty or a directory."""
-    if not patterns:
-        raise Refused("--train_data_file is not given: one or more jsonl files")
-    files = []
-    for pattern in patterns:
-        found = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        if not found:
-            raise Refused(f"--train_data_file {pattern}: no such file")
-        for file in found:
-            if file.is_dir():
-                raise Refused(f"--train_data_file {file}: is a directory: name the files in it, e.g. '{file}/*.jsonl'")
-            if file.stat().st_size == 0:
-                raise Refused(f"--train_data_file {file}: is empty")
-        files += found
-    return files
-
-
-def read_rows(file: Path) -> Iterator[tuple[int, dict | BadRow]]:
-    """Yield (line number from 1, row or what is wrong with it) for each line that is not blank."""
-    number = 0
-    with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, parse_row(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-        except (EOFError, OSError, zlib.error) as error:
-            raise Refused(
-                f"{file}:{number + 1}: cannot be read ({type(error).__name__}): is the file whole?"
-            ) from error
-
-
-def parse_row(line: bytes) -> dict | BadRow:
-    """The row that a line holds, or what is wrong with it."""
-    try:
-        return check_row(json.loads(line.decode("utf-8")))
-    except UnicodeDecodeError:
-        return BadRow("not UTF-8")
-    except json.JSONDecodeError as error:
-        return BadRow(f"not JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return BadRow("nested too deep")
-    except BadRow as error:
-        return error
-
-
-def check_row(row: object) -> dict:
-    """Return the row if its messages are a conversation that can be trained on, else raise BadRow."""
-    if not isinstance(row, dict):
-        raise BadRow(f"a JSON object is expected, not {type(row).__name__}")
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRow('no "messages", or none in it')
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise BadRow(f"messages[{i}] is not an object")
-        if message.get("role") not in ROLES:
-            raise BadRow(f"messages[{i}] has no role of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise BadRow(f'messages[{i}] has no "content" that is a text')
-    spoken = [m["role"] for m in messages if m["role"] != "system"]
-    if "assistant" not in spoken:
-        raise BadRow("no message of the assistant: nothing to learn")
-    if spoken[0] == "assistant":
-        raise BadRow("begins with the assistant: there is nothing to answer")
-    return row
-
-
-# ------------------------------------------------------------------------------------------------------------- tokens
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[dict[str, list[int]]]:
-    """Render a conversation and find what the model has to say in it.
-
-    An assistant's turn begins where the render of what came before, with the generation prompt, stops agreeing with
-    the render of the turn itself; it ends where the render up to the turn ends. No special token is searched for: rows
-    may quote them.
-
-    Returns one sequence, or, where the template rewrites earlier turns once a later one is there, a sequence for each
-    state that inference would see. `labels` equal `input_ids` where supervised, else IGNORE_INDEX.
+    Returns a table of `input_ids`, `spans` (first token and end of each supervised stretch, flat) and `row_hash` (the
+    same for all sequences of a row).
     """
-    # an empty system message is none: the released A13B template refuses to render it
-    messages = [m for m in messages if m["role"] != "system" or m["content"]]
+    report, rows, texts = Report(), [], []
+    for number, line in lines:
+        report.counts["rows"] += 1
+        counts = dict.fromkeys(("turns", "turns_not_trained_on", *WARNINGS), 0)
+        try:
+            if line is None:
+                raise BadRow("is longer than 16 MB")
+            row = parse_row(line)
+            try:
+                sequences = chat.sequences(row, options.train_on, counts)
+            except BadRow:
+                raise
+            except Exception as error:  # a template may raise anything, and its message may quote the row
+                raise BadRow(f"the chat template does not render it ({type(error).__name__})") from error
+        except BadRow as error:
+            report.found("bad", number, str(error))
+            continue
+        report.counts.update(counts)
+        row_hash = int.from_bytes(hashlib.blake2b(line.strip(), digest_size=4).digest(), "little")
+        rows.append((number, row_hash, sequences))
+        texts += [text for text, _ in sequences]
+    try:
+        all_ids = iter(chat.tokenize(texts) if texts else [])
+    except Exception:  # one text that the tokenizer does not take fails all
+        all_ids = iter(chat.tokenize_or_none(text) for text in texts)
+    columns = {"input_ids": [], "spans": [], "row_hash": []}
+    for number, row_hash, sequences in rows:
+        kept, too_long, row_ids = 0, 0, [next(all_ids) for _ in sequences]
+        if None in row_ids:
+            report.found("bad", number, "the tokenizer does not take it")
+            continue
+        for (text, spans), ids in zip(sequences, row_ids):
+            ids = np.array(ids, np.int32)
+            cuts = chat.tokens_before(text, ids, [place for span in spans for place in span])
+            limit = options.max_seq_length
+            too_long = max(too_long, len(ids) if len(ids) > limit else 0)
+            if len(ids) > limit and options.overlong != "truncate":
+                continue
+            # nothing comes before the first token that could predict it
+            spans = [(max(a, 1), min(b, limit)) for a, b in zip(cuts[::2], cuts[1::2]) if max(a, 1) < min(b, limit)]
+            if spans:
+                kept += 1
+                columns["input_ids"].append(ids[:limit])
+                columns["spans"].append(np.array(spans, np.int32).ravel())
+                columns["row_hash"].append(row_hash)
+        report.counts["split"] += kept > 1
+        if too_long:
+            report.found("overlong", number, f"{too_long} tokens")
+        if not kept and not (too_long and options.overlong != "truncate"):
+            report.found("unsupervised", number)
+    return pa.table(
+        {
+            "input_ids": lists(columns["input_ids"]),
+            "spans": lists(columns["spans"]),
+            "row_hash": pa.array(columns["row_hash"], pa.uint32()),
+        }
+    ), report
 
-    @functools.cache
-    def render(upto: int, prompt: bool = False) -> list[int]:
-        return tokenizer.apply_chat_template(messages[:upto], add_generation_prompt=prompt, return_dict=False)
 
-    def blank(ids: list[int]) -> dict[str, list[int]]:
-        return {"input_ids": list(ids), "labels": [IGNORE_INDEX] * len(ids)}
+def lists(arrays: list[np.ndarray]) -> pa.ListArray:
+    """int32 arrays as one Arrow column."""
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays) if arrays else np.zeros(0, np.int32))
 
-    sequences, current = [], blank(render(len(messages)))
-    for i in reversed([i for i, message in enumerate(messages) if message["role"] == "assistant"]):
-        asked, said = render(i, prompt=True), render(i + 1)
-        start = next((k for k, (a, b) in enumerate(zip(asked, said)) if a != b), min(len(asked), len(said)))
-        if current["input_ids"][: len(said)] != said:
-            current = blank(said)
-        current["labels"][start : len(said)] = said[start:]
-        if not sequences or current is not sequences[0]:
-            sequences.insert(0, current)
-    return sequences
+
+class Examples(torch.utils.data.Dataset):
+    """Token sequences, memory-mapped, with the counts that the results report."""
+
+    def __init__(self, rows: "datasets.Dataset", report: Report, index: np.ndarray | None = None):  # noqa: F821
+        self.report = report
+        self.rows = rows.with_format("numpy", columns=["input_ids", "spans"])
+        self.index = np.arange(len(rows)) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        """`input_ids` and `labels` (length,): the label of a supervised token is its id, else IGNORE_INDEX."""
+        row = self.rows[int(self.index[i])]
+        labels = np.full_like(row["input_ids"], IGNORE_INDEX)
+        for start, end in row["spans"].reshape(-1, 2):
+            labels[start:end] = row["input_ids"][start:end]
+        return {"input_ids": row["input_ids"], "labels": labels}
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence."""
+        return pc.list_value_length(self.rows.data.column("input_ids")).to_numpy()[self.index]
+
+    def split(self, share: float) -> tuple["Examples", "Examples"]:
+        """Part `share` of the rows off, by a hash of the row: the same on every rank and run, equal rows together."""
+        hashes = self.rows.data.column("row_hash").to_numpy()[self.index]
+        apart = hashes < share * 2**32
+        return (
+            Examples(self.rows, self.report, self.index[~apart]),
+            Examples(self.rows, self.report, self.index[apart]),
+        )
+
+    def figures(self) -> dict[str, int]:
+        """The counts for train_results.json."""
+        counts = self.report.counts
+        return {
+            "num_rows": counts["rows"],
+            "num_rows_skipped": counts["bad"],
+            "num_rows_unsupervised": counts["unsupervised"],
+            "num_rows_overlong": counts["overlong"],
+            "num_rows_split": counts["split"],
+            "num_turns": counts["turns"],
+            "num_turns_not_trained_on": counts["turns_not_trained_on"],
+        }
+
+
+def load_data(args, tokenizer: PreTrainedTokenizerBase, options: Options) -> tuple["Examples", "Examples | None"]:
+    """The rows to train on and to evaluate on, as arguments.DataArguments says."""
+    how = (tokenizer, options, args.bad_rows, args.preprocessing_num_workers)
+    examples, evaluation = load_examples(args.train_data_file, *how), None
+    if args.eval_data_file:
+        evaluation = load_examples(args.eval_data_file, *how, flag="--eval_data_file")
+    elif args.eval_split:
+        examples, evaluation = examples.split(args.eval_split)
+        if not len(examples) or not len(evaluation):
+            raise Refused(
+                f"--eval_split {args.eval_split}: leaves no row to {'evaluate' if len(examples) else 'train'} on"
+            )
+    note(
+        f"{examples.report.counts['rows']} rows: {len(examples)} sequences to train on"
+        + (f", {len(evaluation)} to evaluate on" if evaluation else "")
+    )
+    return examples, evaluation
+
+
+def load_examples(
+    patterns: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    options: Options,
+    bad_rows: str = "error",
+    workers: int | None = None,
+    flag: str = "--train_data_file",
+) -> Examples:
+    """Tokenize all rows, or take what an earlier run made of the same rows, tokenizer and options.
+
+    Every rank calls; on a node one does the work, the others wait for its file. Says what was found. Refused with the
+    first bad rows and their number, unless `bad_rows` is "skip".
+    """
+    import datasets
+
+    from cache import fingerprint, tokenized
+
+    chat, parts, report = ChatFormat(tokenizer), [], Report()
+    print_tokenizer, encode = fingerprint(tokenizer), functools.partial(encode_rows, chat=chat, options=options)
+    named: dict[str, list[str]] = {}
+    for file in data_files(patterns, flag):
+        rows, found = tokenized(file, [print_tokenizer, repr(options)], encode, workers)
+        parts.append(rows)
+        for kind, lines in found.lines.items():
+            named[kind] = named.get(kind, []) + [f"{file}:{n}" + (f": {what}" if what else "") for n, what in lines]
+        if found.notes:
+            note(f"{file}: accepted: {', '.join(found.notes)}")
+        report.add(found)
+    say(report, named, options, bad_rows)
+    rows = datasets.concatenate_datasets(parts)
+    if not len(rows):
+        raise Refused(f"{flag} {' '.join(patterns)}: no row has a token to learn within --max_seq_length")
+    return Examples(rows, report)
+
+
+def say(report: Report, named: dict[str, list[str]], options: Options, bad_rows: str) -> None:
+    """Refuse bad rows, or name them; say what else was found."""
+    counts = report.counts
+
+    def listed(kind: str) -> str:
+        more = counts[kind] - SHOWN
+        return "\n".join(named[kind][:SHOWN] + ([f"… {more} more"] if more > 0 else []))
+
+    if counts["bad"]:
+        text = f"{counts['bad']} of {counts['rows']} rows are bad:\n" + listed("bad")
+        text += "".join(
+            f"\nTo convert rows {shape}:\n  {line} < rows.jsonl > converted.jsonl"
+            for shape, line in CONVERTERS.items()
+            if any(shape in what for what in named["bad"])
+        )
+        if bad_rows == "error":
+            raise Refused(text + "\nMend them, or leave them out with --bad_rows skip")
+        note(f"--bad_rows skip: {text}")
+    if counts["overlong"]:
+        text = f"{counts['overlong']} rows are longer than --max_seq_length {options.max_seq_length}"
+        if options.overlong == "error":
+            raise Refused(f"{text} (--overlong error):\n" + listed("overlong"))
+        note(
+            f"{text}: " + ("cut at the right" if options.overlong == "truncate" else f"left out\n{listed('overlong')}")
+        )
+    if counts["unsupervised"]:
+        note(f"{counts['unsupervised']} rows are left out: no supervised token\n" + listed("unsupervised"))
+    if counts["split"]:
+        note(f"{counts['split']} rows become several sequences: the template rewrites earlier turns")
+    if counts["turns_not_trained_on"]:
+        note(f"{counts['turns_not_trained_on']} of {counts['turns']} assistant turns are not trained on")
+    for kind, text in WARNINGS.items():
+        if counts[kind]:
+            note(f"warning: {counts[kind]} {text}")
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
 
 
 @dataclass
-class Examples(torch.utils.data.Dataset):
-    """Token sequences in memory, with the counts that the results report."""
+class Filled(torch.utils.data.Dataset):
+    """Examples filled up to a multiple of `multiple` with ones that have no supervised token: every rank then has as
+    many whole batches, and no example is taken twice."""
 
-    sequences: list[dict[str, list[int]]] = field(default_factory=list)
-    num_rows: int = 0
-    num_rows_skipped: int = 0
-    num_rows_unsupervised: int = 0
+    examples: Examples
+    multiple: int
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return -(-len(self.examples) // self.multiple) * self.multiple
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.sequences[index]
-
-
-def load_examples(patterns: list[str], tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Examples:
-    """Tokenize all rows, cut at `max_seq_length` tokens. Refused with the first bad rows and their number."""
-    examples, bad = Examples(), []
-    for file in data_files(patterns):
-        for number, row in read_rows(file):
-            examples.num_rows += 1
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                try:
-                    sequences = encode(tokenizer, row["messages"])
-                except Exception as error:  # a template may raise anything, its message may quote the row
-                    raise BadRow(f"the chat template does not render it ({type(error).__name__})") from error
-            except BadRow as error:
-                bad.append(f"{file}:{number}: {error}")
-                continue
-            cut = [{name: ids[:max_seq_length] for name, ids in s.items()} for s in sequences]
-            cut = [s for s in cut if any(label != IGNORE_INDEX for label in s["labels"][1:])]
-            examples.num_rows_unsupervised += not cut
-            examples.sequences += cut
-    if bad:
-        more = f"\n… {len(bad) - BAD_ROWS_SHOWN} more" if len(bad) > BAD_ROWS_SHOWN else ""
-        raise Refused(f"{len(bad)} of {examples.num_rows} rows are bad:\n" + "\n".join(bad[:BAD_ROWS_SHOWN]) + more)
-    if not examples.sequences:
-        raise Refused(f"--train_data_file {' '.join(patterns)}: no row has a token to learn within --max_seq_length")
-    return examples
-
-
-# ------------------------------------------------------------------------------------------------------------ batches
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        if i < len(self.examples):
+            return self.examples[i]
+        ids = self.examples[0]["input_ids"][:2]
+        return {"input_ids": ids, "labels": np.full_like(ids, IGNORE_INDEX)}
 
 
 @dataclass
 class Collator:
-    """Sequences → one batch, padded to its longest or laid end to end.
+    """Sequences, or bins of them → one batch, padded to its longest or laid end to end.
 
     With `supervised_head` the model computes logits at the supervised positions alone: `logits_to_keep` is the boolean
     mask (batch, length) of positions whose next token is supervised, `labels` and `shift_labels` (supervised,) are
@@ -198,9 +280,11 @@ class Collator:
     packing: str = "none"
     supervised_head: bool = True
 
-    def __call__(self, sequences: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        ids = [torch.tensor(s["input_ids"]) for s in sequences]
-        labels = [torch.tensor(s["labels"]) for s in sequences]
+    def __call__(self, sequences: list[dict[str, np.ndarray]] | list[list[dict]]) -> dict[str, torch.Tensor]:
+        if isinstance(sequences[0], list):
+            sequences = [sequence for one_bin in sequences for sequence in one_bin]
+        ids = [torch.as_tensor(s["input_ids"], dtype=torch.long) for s in sequences]
+        labels = [torch.tensor(s["labels"], dtype=torch.long) for s in sequences]
         for row in labels:
             row[0] = IGNORE_INDEX  # nothing comes before it that could predict it
         if self.packing == "none":
@@ -220,3 +304,9 @@ class Collator:
             batch["logits_to_keep"] = targets != IGNORE_INDEX
             batch["labels"] = batch["shift_labels"] = targets[batch["logits_to_keep"]]
         return batch
+
+
+if __name__ == "__main__":
+    from show_rows import main
+
+    main(sys.argv[1:])

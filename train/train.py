@@ -17,14 +17,14 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from arguments import note_without_effect, parse_arguments
 from callbacks import Meter, Probe, ProgressLine, StopOnNonFinite
 from checkpoint import Companions, check_output_dir, finish_from, last_step, set_aside, steps_of_run
 from console import Refused, note
-from data import Collator, load_examples
+from data import Collator, Options, load_data
 from model import (
     check_directory,
     check_training_state,
@@ -48,17 +48,15 @@ def main(argv: list[str]) -> None:
 
     # 2. Data: rows → token sequences.
     tokenizer = load_tokenizer(model_args)
-    examples = load_examples(data_args.train_data_file, tokenizer, data_args.max_seq_length)
-    note(
-        f"{examples.num_rows} rows: {len(examples)} sequences to train on, "
-        f"{examples.num_rows_unsupervised} rows left without a supervised token"
-    )
-    figures = {
-        "num_rows": examples.num_rows,
-        "num_rows_skipped": examples.num_rows_skipped,
-        "num_rows_unsupervised": examples.num_rows_unsupervised,
-        "num_examples": len(examples),
-    }
+    options = Options(data_args.max_seq_length, data_args.train_on, data_args.overlong)
+    examples, evaluation = load_data(data_args, tokenizer, options)
+    figures = examples.figures() | {"num_examples": len(examples), "num_eval_examples": len(evaluation or ())}
+    if data_args.packing == "bin":
+        from packing import Bins
+
+        examples = Bins(examples, data_args.max_seq_length, training_args.seed)
+        figures |= {"num_bins": len(examples), "bin_fill": examples.fill}
+        note(f"{figures['num_examples']} sequences in {len(examples)} bins, which are {examples.fill:.1%} full")
     tokenizer_path = model_args.tokenizer_name_or_path or model_args.model_name_or_path
     companions = Companions.read(base or model_args.model_name_or_path, tokenizer_path, tokenizer)
     if resume and last_step(resume) >= steps_of_run(training_args, len(examples)):
@@ -84,12 +82,16 @@ def main(argv: list[str]) -> None:
         packing=data_args.packing,
         supervised_head=takes_supervised_head(model, training_args),
     )
+    callbacks = [StopOnNonFinite()] + ([probe] if probe else [])
+    if training_args.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
     trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=examples,
+        eval_dataset=evaluation,
         data_collator=collator,
-        callbacks=[StopOnNonFinite()] + ([probe] if probe else []),
+        callbacks=callbacks,
         meter=meter,
         companions=companions,
     )

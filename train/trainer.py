@@ -1,13 +1,17 @@
-"""Hugging Face's Trainer with four things of ours: real tokens are counted, a lowest learning rate holds for every
-scheduler, what is saved follows the precision rule, and each saved directory stands alone."""
+"""Hugging Face's Trainer with six things of ours: real tokens are counted, a lowest learning rate holds for every
+scheduler, rows of similar length are found without reading them, an evaluation's loss is the mean over its supervised
+tokens, what is saved follows the precision rule, and each saved directory stands alone."""
 
 from pathlib import Path
 
 import torch
 import transformers
+from torch.utils.data import SequentialSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from callbacks import Meter, stop_if_not_finite
 from checkpoint import Companions, cast, master_values, save_dtype
+from data import IGNORE_INDEX, Filled
 
 TAKES_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
 
@@ -22,6 +26,9 @@ class Trainer(transformers.Trainer):
     """
 
     def __init__(self, *args, meter: Meter, companions: Companions, **kwargs):
+        if kwargs.get("eval_dataset") is not None:
+            world = kwargs["args"].world_size * kwargs["args"].eval_batch_size
+            kwargs["eval_dataset"] = Filled(kwargs["eval_dataset"], world)
         super().__init__(*args, **kwargs)
         self.meter, self.companions, self.masters = meter, companions, {}
         self.add_callback(meter)
@@ -35,6 +42,31 @@ class Trainer(transformers.Trainer):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.meter.count(batches)
         return batches, num_items_in_batch
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(size, dataset=dataset, lengths=dataset.lengths.tolist())
+
+    def _get_eval_sampler(self, eval_dataset):
+        return SequentialSampler(eval_dataset)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Keep the sum over supervised tokens: the Trainer's own figure is a mean of the batches' means."""
+        supervised = inputs["labels"].ne(IGNORE_INDEX).sum()
+        loss = super().prediction_step(model, inputs, True, ignore_keys)[0]
+        if supervised:
+            self.evaluated += torch.stack([loss.double().cpu() * supervised.cpu(), supervised.double().cpu()])
+        return loss.nan_to_num(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self.evaluated = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, supervised = self.accelerator.reduce(self.evaluated.to(self.args.device)).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / supervised
+        return output
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """After the warmup a scheduler's factor f becomes low + (1 - low) f, with low = min_lr / learning_rate."""

@@ -1,0 +1,92 @@
+"""Rows into bins of at most `capacity` tokens, as full as they get: `--packing bin`.
+
+Best fit, longest first (Johnson 1973: at most 11/9 of the fewest bins, and nearly all full where there are short
+rows). Rows of one length and bins with one space left are handled together, so that the plan takes as many steps as
+there are pairs of them, whatever the number of rows.
+"""
+
+import bisect
+
+import numpy as np
+import torch
+
+
+def plan_bins(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Put rows into bins. Which of the rows of one length go where is drawn by the seed.
+
+    Args:
+        lengths: tokens of each row (rows,), from 1 to `capacity`.
+
+    Returns:
+        order (rows,): the rows, bin by bin; starts (bins + 1,): bin b holds order[starts[b] : starts[b + 1]].
+
+    O(n log n) for the sort; about 30 bytes a row.
+    """
+    rows = np.random.default_rng(seed).permutation(len(lengths)).astype(np.int32)
+    rows = rows[np.argsort(-lengths[rows].astype(np.int64), kind="stable")]
+    sorted_lengths = lengths[rows]
+    begins = np.flatnonzero(np.diff(sorted_lengths, prepend=-1)).tolist() + [len(rows)]
+    bin_of = np.empty(len(rows), np.int32)  # of the row at the same place in `rows`
+    free: dict[int, list[np.ndarray]] = {}  # space left → bins
+    spaces: list[int] = []  # the keys of `free`, ascending
+    bins = 0
+    for begin, end in zip(begins, begins[1:]):
+        length = int(sorted_lengths[begin])
+        while begin < end:
+            place = bisect.bisect_left(spaces, length)
+            if place < len(spaces):
+                space = spaces[place]
+                chosen = free[space].pop()
+                if not free[space]:
+                    del free[space], spaces[place]
+            else:
+                space = capacity
+                each = capacity // length
+                chosen = np.arange(bins, bins + -(-(end - begin) // each), dtype=np.int32)
+                bins += len(chosen)
+            each = space // length
+            used = min(len(chosen), -(-(end - begin) // each))
+            if used < len(chosen):
+                put_back(free, spaces, space, chosen[used:])
+            count = min(end - begin, used * each)
+            bin_of[begin : begin + count] = np.repeat(chosen[:used], each)[:count]
+            full = count // each  # bins that took `each` rows; a last one may have taken fewer
+            put_back(free, spaces, space - each * length, chosen[:full])
+            if full < used:
+                put_back(free, spaces, space - (count - full * each) * length, chosen[full:used])
+            begin += count
+    order = rows[np.argsort(bin_of, kind="stable")]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=bins))])
+    return order, starts
+
+
+def put_back(free: dict[int, list[np.ndarray]], spaces: list[int], space: int, bins: np.ndarray) -> None:
+    if len(bins) and space:
+        if space not in free:
+            free[space] = []
+            bisect.insort(spaces, space)
+        free[space].append(bins)
+
+
+class Bins(torch.utils.data.Dataset):
+    """Examples in bins: item b is the list of the sequences in bin b."""
+
+    def __init__(self, examples, capacity: int, seed: int):
+        self.examples, self.capacity = examples, capacity
+        self.order, self.starts = plan_bins(examples.lengths, capacity, seed)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, b: int) -> list[dict]:
+        return [self.examples[int(i)] for i in self.order[self.starts[b] : self.starts[b + 1]]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each bin."""
+        return np.add.reduceat(self.examples.lengths[self.order], self.starts[:-1])
+
+    @property
+    def fill(self) -> float:
+        """Share of all bins' places that hold a token."""
+        return float(self.examples.lengths.sum()) / (len(self) * self.capacity)

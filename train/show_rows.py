@@ -1,0 +1,93 @@
+"""`python data.py`: a row as it will be trained, or the lengths of a file's rows. The only place that prints a row."""
+
+import argparse
+import sys
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from chat_format import ChatFormat
+from console import Refused
+from data import Examples, Options, encode_rows, load_examples
+from rows import data_files, read_lines
+
+GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
+WIDTH = 50  # characters of the longest bar
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("data.py", description=__doc__.split(". The")[0])
+    parser.add_argument("--model", required=True, help="directory of the model or tokenizer")
+    parser.add_argument("--file", required=True, nargs="+", help="jsonl files or globs, plain or .gz")
+    parser.add_argument(
+        "--row", type=int, help="number of a line, from 1 (of the first file): print it token by token"
+    )
+    parser.add_argument("--max_seq_length", type=int, default=4096)
+    parser.add_argument("--train_on", choices=("all", "last"), default="all")
+    parser.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate")
+    parser.add_argument("--bad_rows", choices=("error", "skip"), default="error")
+    args = parser.parse_args(argv)
+    try:
+        logging.set_verbosity_error()
+        tokenizer = load(args.model)
+        options = Options(args.max_seq_length, args.train_on, args.overlong)
+        if args.row is None:
+            show_file(load_examples(args.file, tokenizer, options, args.bad_rows, flag="--file"))
+        else:
+            show_row(args.file, args.row, tokenizer, options)
+    except BrokenPipeError:  # `| head` has read enough
+        sys.stdout = None
+    except Refused as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        sys.exit(2)
+
+
+def load(path: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    except Exception as error:  # the directory's own code may raise anything
+        raise Refused(f"--model {path}: its tokenizer does not load ({type(error).__name__})") from error
+    if not tokenizer.chat_template:
+        raise Refused(f"--model {path}: its tokenizer has no chat template")
+    return tokenizer
+
+
+def show_row(patterns: list[str], number: int, tokenizer: PreTrainedTokenizerBase, options: Options) -> None:
+    """Each sequence that the row becomes: place, id, a mark where supervised, text."""
+    file = data_files(patterns, "--file")[0]
+    line = next((line for at, line, _ in read_lines(file, []) if at == number), b"")
+    if line == b"":
+        raise Refused(f"--row {number}: {file} has no row in that line")
+    table, found = encode_rows([(number, line)], ChatFormat(tokenizer), options)
+    for kind, lines in found.lines.items():
+        for _, what in lines:
+            if kind == "bad":
+                raise Refused(f"{file}:{number}: {what}")
+            print(f"{file}:{number}: {kind}" + (f": {what}" if what else ""))
+    colour = sys.stdout.isatty()
+    for sequence, (ids, spans) in enumerate(zip(table["input_ids"].to_pylist(), table["spans"].to_pylist()), 1):
+        supervised = {i for a, b in zip(spans[::2], spans[1::2]) for i in range(a, b)}
+        print(f"sequence {sequence} of {table.num_rows}: {len(ids)} tokens, {len(supervised)} supervised")
+        for i, token in enumerate(ids):
+            text = repr(tokenizer.decode([token], skip_special_tokens=False))[1:-1]
+            begin, end = (GREEN if i in supervised else DIM, PLAIN) if colour else ("", "")
+            print(f"{i:>7} {token:>7} {'*' if i in supervised else ' '} {begin}{text}{end}")
+
+
+def show_file(examples: Examples) -> None:
+    """Number and lengths of all sequences, and the share of supervised tokens."""
+    lengths = examples.lengths
+    supervised = sum(
+        int((s[1::2] - s[::2]).sum()) for s in examples.rows.with_format("numpy", columns=["spans"])["spans"]
+    )
+    figures = examples.figures()
+    print(f"{figures['num_rows']} rows, {len(examples)} sequences, {lengths.sum()} tokens")
+    print(f"supervised: {supervised} tokens, {supervised / lengths.sum():.1%}")
+    marks = ", ".join(f"{share}% ≤ {int(np.percentile(lengths, share))}" for share in (50, 90, 99))
+    print(f"length: {marks}, longest {lengths.max()}")
+    edges = [0] + [2**i for i in range(4, 31) if 2 ** (i - 1) < lengths.max()]
+    numbers = np.histogram(lengths - 1, edges)[0]
+    for low, high, number in zip(edges, edges[1:], numbers):
+        bar = "█" * -(-int(number) * WIDTH // int(numbers.max()))
+        print(f"{low + 1:>9} – {high:<9} {number:>9} {bar}")
