@@ -3,6 +3,7 @@
 The helpers are plain functions and fixtures of the same name: a test asks for `run_train`, a script imports it.
 """
 
+import atexit
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,10 @@ MARKERS = {
 def pytest_configure(config: pytest.Config) -> None:
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
+    if "HYTEST_CACHE" not in os.environ:  # tokenized rows of tests are kept for this run of pytest only
+        folder = tempfile.mkdtemp(prefix="rows-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["HYTEST_CACHE"] = os.environ["HF_DATASETS_CACHE"] = folder
     if (
         signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     ):  # as in the background of a shell; processes would inherit it

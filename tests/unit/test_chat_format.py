@@ -83,7 +83,7 @@ CONVERSATIONS = {
     "slow, then fast": ([user("a"), said(pattern("t", "b")), user("/no_thinkc"), said(pattern("", "d"))], {}),
     "plain, then slow": ([user("a"), said("b"), user("c"), said(pattern("u", "d"))], HIGH),
     "beside, three turns": (
-        [user("a"), said("b", reasoning_content="t"), user("c"), said("d"), user("e"), said("f", reasoning_content="")],
+        [user("a"), said("b", thinking="t"), user("c"), said("d"), user("e"), said("f", thinking="v")],
         HIGH,
     ),
     "think quotes its end": ([user("q"), said(pattern("a </think> b", "so"))], HIGH),
@@ -133,7 +133,7 @@ def apart(message):
         if answer.startswith("<answer>\n"):
             answer = answer[len("<answer>\n") : -len("\n</answer>")]
         return content[len("<think>\n") : cut].removesuffix("\n"), answer
-    return message.get("reasoning_content"), content
+    return message.get("reasoning_content", message.get("thinking")), content
 
 
 def in_content(message):
@@ -244,7 +244,7 @@ def prepared(name, row):
             if name in ("hy3", "opens_think") and inside:
                 message = message | {"content": answer, "reasoning_content": thinking}
             elif name not in ("hy3", "opens_think") and not inside and thinking is not None:
-                message = {k: v for k, v in message.items() if k != "reasoning_content"} | {
+                message = {k: v for k, v in message.items() if k not in ("reasoning_content", "thinking")} | {
                     "content": in_content(message)
                 }
         messages.append(message)

@@ -1,14 +1,15 @@
-"""Rows to tokens to batches, on the example's tokenizer (the A13B format)."""
+"""Rows to examples to batches, on the example's tokenizer (the A13B format)."""
 
-import gzip
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from console import Refused
-from data import IGNORE_INDEX, BadRow, Collator, check_row, data_files, encode, load_examples, read_rows
+from data import IGNORE_INDEX, Collator, Filled, Options, load_examples
+from packing import Bins, plan_bins
 
 
 @pytest.fixture(scope="module")
@@ -16,119 +17,130 @@ def tokenizer(example_tokenizer_dir):
     return AutoTokenizer.from_pretrained(example_tokenizer_dir)
 
 
-def conversation(*texts, system=None):
+def conversation(*texts, **more):
     roles = ["user", "assistant"] * len(texts)
-    messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
-    return ([{"role": "system", "content": system}] if system is not None else []) + messages
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts)], **more}
 
 
-def supervised(tokenizer, sequence):
-    """The text of each supervised stretch."""
-    stretches, current = [], []
-    for token, label in zip(sequence["input_ids"] + [0], sequence["labels"] + [IGNORE_INDEX]):
-        if label != IGNORE_INDEX:
-            assert label == token
-            current.append(token)
-        elif current:
-            stretches.append(tokenizer.decode(current))
-            current = []
-    return stretches
+@pytest.fixture
+def rows_file(tmp_path):
+    def write(rows, name="rows.jsonl"):
+        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        (tmp_path / name).write_bytes(b"\n".join(lines) + b"\n")
+        return str(tmp_path / name)
+
+    return write
 
 
-@pytest.mark.parametrize(
-    ("messages", "said"),
-    [
-        (conversation("1+1=?", "2"), ["2<|eos|>"]),
-        (conversation("1+1=?", "2", system="math"), ["2<|eos|>"]),
-        (conversation("1+1=?", "2", system=""), ["2<|eos|>"]),
-        (conversation("a", "b", "c", "d"), ["b<|eos|>", "d<|eos|>"]),
-        (conversation("a", "", "c", "d"), ["<|eos|>", "d<|eos|>"]),
-        (conversation("<|eos|> and <|extra_0|>", "say <|eos|>"), ["say <|eos|><|eos|>"]),
-        (
-            conversation("/no_think 7", "<think>\n\n</think>\n<answer>\n七\n</answer>"),
-            ["<think>\n\n</think>\n<answer>\n七\n</answer><|eos|>"],
-        ),
-        (conversation("🙂 שלום", "    def f():\n\treturn 1\n"), ["    def f():\n\treturn 1\n<|eos|>"]),
-    ],
-)
-def test_supervised_is_what_the_assistant_says_and_the_end_of_its_turn(tokenizer, messages, said):
-    (sequence,) = encode(tokenizer, messages)
-    assert supervised(tokenizer, sequence) == said
-    rendered = [m for m in messages if m["role"] != "system" or m["content"]]
-    assert sequence["input_ids"] == tokenizer.apply_chat_template(rendered, return_dict=False)
+# ------------------------------------------------------------------------------------------------------------ examples
 
 
-def test_a_template_that_rewrites_earlier_turns_gives_a_sequence_for_each(tokenizer):
-    """The small dense models drop the thinking of earlier turns: each turn is trained as inference would see it."""
-    template = (
-        "{% for m in messages %}{% if m.role == 'user' %}<|startoftext|>{{ m.content }}<|extra_0|>{% else %}"
-        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|eos|>{% endif %}{% endfor %}"
-    )
-    forgetful = AutoTokenizer.from_pretrained(tokenizer.name_or_path, chat_template=template)
-    sequences = encode(forgetful, conversation("a", "<think>x</think>b", "c", "<think>y</think>d"))
-    assert [supervised(forgetful, s) for s in sequences] == [
-        ["<think>x</think>b<|eos|>"],
-        ["<think>y</think>d<|eos|>"],
-    ]
-    assert "<think>x" not in forgetful.decode(sequences[1]["input_ids"])
-
-
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ([], "a JSON object is expected, not list"),
-        ({}, 'no "messages"'),
-        ({"messages": []}, 'no "messages"'),
-        ({"messages": ["x"]}, "messages[0] is not an object"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0] has no role"),
-        ({"messages": [{"role": "user", "content": 3}]}, 'messages[0] has no "content"'),
-        ({"messages": [{"role": "user", "content": "x"}]}, "no message of the assistant"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "begins with the assistant"),
-    ],
-)
-def test_bad_rows_are_named_without_their_text(row, says):
-    with pytest.raises(BadRow) as bad:
-        check_row(row)
-    assert says in str(bad.value)
-
-
-def test_bad_rows_are_listed_with_their_lines_and_the_first_twenty_shown(tokenizer, tmp_path):
-    good = json.dumps({"messages": conversation("q", "a")})
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(b"\n".join([good.encode(), b"{secret", b"", b"\xff\xfe"] + [b"{}"] * 30))
+def test_bad_rows_are_listed_with_their_lines_and_the_first_twenty_shown(tokenizer, rows_file):
+    file = rows_file([conversation("q", "a"), b"{secret", b"", b"\xff\xfe"] + [b"{}"] * 30)
     with pytest.raises(Refused) as refusal:
-        load_examples([str(file)], tokenizer, 100)
+        load_examples([file], tokenizer, Options())
     lines = str(refusal.value).splitlines()
     assert lines[0] == "32 of 33 rows are bad:"
     assert lines[1].startswith(f"{file}:2: not JSON")
     assert lines[2] == f"{file}:4: not UTF-8"
-    assert len(lines) == 22 and lines[-1] == "… 12 more"
+    assert lines[21] == "… 12 more" and len(lines) == 23
     assert "secret" not in str(refusal.value)
 
 
-def test_files_globs_and_gz_are_read_and_missing_ones_named(tokenizer, tmp_path):
-    good = json.dumps({"messages": conversation("q", "a")})
-    (tmp_path / "a.jsonl").write_text("\ufeff" + good + "\r\n\r\n" + good, encoding="utf-8")
-    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as f:
-        f.write(good)
-    assert load_examples([str(tmp_path / "*.jsonl*")], tokenizer, 100).num_rows == 3
-    assert [number for number, _ in read_rows(tmp_path / "a.jsonl")] == [1, 3]
-    (tmp_path / "empty.jsonl").touch()
-    for name, says in (("none.jsonl", "no such file"), ("empty.jsonl", "is empty"), (".", "is a directory")):
-        with pytest.raises(Refused, match=says):
-            data_files([str(tmp_path / name)])
+def test_bad_rows_of_several_files_are_one_list(tokenizer, rows_file, capsys):
+    files = [
+        rows_file([conversation("q", "a"), b"{"], "a.jsonl"),
+        rows_file([b"3", conversation("q", "b")], "b.jsonl"),
+    ]
+    with pytest.raises(Refused) as refusal:
+        load_examples(files, tokenizer, Options())
+    assert [line.split(": ")[0] for line in str(refusal.value).splitlines()[1:3]] == [f"{files[0]}:2", f"{files[1]}:1"]
+    examples = load_examples(files, tokenizer, Options(), bad_rows="skip")
+    assert (len(examples), examples.figures()["num_rows"], examples.figures()["num_rows_skipped"]) == (2, 4, 2)
+    assert f"{files[0]}:2: not JSON" in capsys.readouterr().out
 
 
-def test_long_rows_are_cut_and_rows_without_supervision_left_out_and_counted(tokenizer, tmp_path):
-    rows = [conversation("q", "a" * 50), conversation("q" * 50, "a")]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
-    examples = load_examples([str(file)], tokenizer, 20)
-    assert (len(examples), examples.num_rows, examples.num_rows_unsupervised) == (1, 2, 1)
-    assert len(examples[0]["input_ids"]) == 20
+def test_the_remedy_for_another_shape_is_said_once(tokenizer, rows_file):
+    with pytest.raises(Refused) as refusal:
+        load_examples([rows_file([{"instruction": "secret", "output": "o"}] * 3)], tokenizer, Options())
+    assert str(refusal.value).count("python -c") == 1 and "Alpaca" in str(refusal.value)
+    assert "secret" not in str(refusal.value)
+
+
+def test_long_rows_are_cut_dropped_or_refused(tokenizer, rows_file, capsys):
+    file = rows_file([conversation("q", "a" * 50), conversation("q" * 50, "a"), conversation("q", "a")])
+    cut = load_examples([file], tokenizer, Options(20))
+    assert [len(example["input_ids"]) for example in cut] == [20, 5] == cut.lengths.tolist()
+    figures = cut.figures()
+    assert (figures["num_rows"], figures["num_rows_unsupervised"], figures["num_rows_overlong"]) == (3, 1, 2)
+    assert f"no supervised token\n{file}:2\n" in capsys.readouterr().out
+    dropped = load_examples([file], tokenizer, Options(20, overlong="drop"))
+    assert len(dropped) == 1 and dropped.figures()["num_rows_unsupervised"] == 0
+    out = capsys.readouterr().out
+    assert f"{file}:1: " in out and f"{file}:2: " in out
+    with pytest.raises(Refused, match=f"(?s)2 rows are longer.*{file}:1: 5[0-9] tokens"):
+        load_examples([file], tokenizer, Options(20, overlong="error"))
     with pytest.raises(Refused, match="no row has a token to learn"):
-        load_examples([str(file)], tokenizer, 2)
+        load_examples([file], tokenizer, Options(2))
 
+
+def test_the_split_is_by_row_and_stays(tokenizer, rows_file):
+    rows = [conversation(f"q{i}", f"a{i}") for i in range(300)]
+    examples = load_examples([rows_file(rows + rows[:50])], tokenizer, Options())
+    train, held_out = examples.split(0.2)
+    assert len(train) + len(held_out) == 350 and 40 < len(held_out) < 100
+
+    def said(part):
+        return {tokenizer.decode(example["input_ids"]) for example in part}
+
+    assert not said(train) & said(held_out), "the same row stands on both sides"
+    again = load_examples([rows_file(rows[::-1], "other.jsonl")], tokenizer, Options()).split(0.2)[1]
+    assert said(again) == said(held_out), "another order, another file: the same rows"
+    assert said(examples.split(0.1)[1]) < said(held_out)
+
+
+def test_filled_up_for_the_ranks_without_taking_an_example_twice(tokenizer, rows_file):
+    examples = load_examples([rows_file([conversation("q", "abc"[i % 3]) for i in range(5)])], tokenizer, Options())
+    filled = Filled(examples, 4)
+    assert len(filled) == 8 and len(Filled(examples, 5)) == 5
+    assert [(filled[i]["labels"] != IGNORE_INDEX).any() for i in range(8)] == [True] * 5 + [False] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------- bins
+
+
+@pytest.mark.parametrize(("number", "capacity"), [(1, 10), (1000, 64), (5000, 512), (3, 100)])
+def test_every_row_stands_in_one_bin_that_holds_it(number, capacity):
+    draw = np.random.default_rng(number)
+    lengths = np.minimum(capacity, 1 + draw.gamma(2.0, capacity / 10, number)).astype(np.int32)
+    order, starts = plan_bins(lengths, capacity, seed=1)
+    assert sorted(order.tolist()) == list(range(number))
+    sums = np.add.reduceat(lengths[order], starts[:-1])
+    assert sums.max() <= capacity and (np.diff(starts) > 0).all()
+    assert len(sums) <= 1.01 * -(-lengths.sum() // capacity) + 1
+
+
+def test_bins_are_best_fit_and_drawn_by_the_seed():
+    # the 3 goes where 3 places are left, not where 4 are
+    order, starts = plan_bins(np.array([7, 6, 3]), 10, 0)
+    assert {frozenset(order[a:b].tolist()) for a, b in zip(starts, starts[1:])} == {frozenset({0, 2}), frozenset({1})}
+    lengths = np.array([5] * 20 + [3] * 20)
+    first, again, other = (plan_bins(lengths, 8, seed)[0].tolist() for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_bin_is_laid_end_to_end(tokenizer, rows_file):
+    examples = load_examples([rows_file([conversation("q" * i, "a") for i in range(1, 9)])], tokenizer, Options())
+    bins = Bins(examples, 16, seed=0)
+    assert bins.lengths.sum() == examples.lengths.sum() and bins.fill == bins.lengths.sum() / (16 * len(bins))
+    batch = Collator(pad_token_id=0, packing="bin")([bins[0], bins[1]])
+    sequences = bins[0] + bins[1]
+    assert batch["input_ids"].tolist() == [np.concatenate([s["input_ids"] for s in sequences]).tolist()]
+    assert batch["position_ids"].tolist() == [[i for s in sequences for i in range(len(s["input_ids"]))]]
+    assert "attention_mask" not in batch
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
 
 SEQUENCES = [
     {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
