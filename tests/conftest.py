@@ -167,7 +167,8 @@ def make_model_dir(
     """Writes a randomly initialised model with the tokenizer beside it, and returns `out`.
 
     Args:
-        kind: `dense` (HunYuanDenseV1) or `moe` (HunYuanMoEV1: 4 experts, top-2, one shared expert).
+        kind: `dense` (HunYuanDenseV1), `moe` (HunYuanMoEV1: 4 experts, top-2, one shared expert), `hy_v3` or `hy_v4`
+            (one dense and one MoE layer; Hy4 with a sparse indexer that keeps 8 tokens).
         tokenizer_dir: its files are copied; its special tokens are the model's.
         dtype: of the weights on disk, by torch's name.
         tie: whether the head is the embedding.
@@ -176,13 +177,8 @@ def make_model_dir(
             `num_attention_heads` unless given.
     """
     import torch
-    from transformers import (
-        AutoTokenizer,
-        HunYuanDenseV1Config,
-        HunYuanDenseV1ForCausalLM,
-        HunYuanMoEV1Config,
-        HunYuanMoEV1ForCausalLM,
-    )
+    import transformers
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=True)
     keys = {
@@ -201,13 +197,16 @@ def make_model_dir(
     }
     if kind == "moe":
         keys |= {"num_experts": 4, "moe_topk": 2}
+    elif kind == "hy_v3":
+        keys |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    elif kind == "hy_v4":
+        keys |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "q_lora_rank": 32}
+        keys |= {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32, "hc_mult": 2}
+        keys |= {"index_topk": 8, "index_head_dim": 32, "index_n_heads": 2}
     keys |= config
     keys.setdefault("head_dim", keys["hidden_size"] // keys["num_attention_heads"])
-    classes = {
-        "dense": (HunYuanDenseV1Config, HunYuanDenseV1ForCausalLM),
-        "moe": (HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM),
-    }
-    config_class, model_class = classes[kind]
+    name = {"dense": "HunYuanDenseV1", "moe": "HunYuanMoEV1", "hy_v3": "HYV3", "hy_v4": "HYV4"}[kind]
+    config_class, model_class = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config_class(**keys))

@@ -24,13 +24,17 @@ from arguments import ModelArguments, TrainingArguments
 from console import Refused, choice, note
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+ROWS_RUN_TOGETHER = (
+    "the model is code that its directory brings, which does not keep packed rows apart. Leave --packing out, or pass "
+    "--trust_remote_code false where transformers knows the model"
+)
 ATTENTION_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 # ---------------------------------------------------------------------------------------------- directories, tokenizer
 
 
-def check_directory(args: ModelArguments) -> None:
+def check_directory(args: ModelArguments, packing: str = "none") -> None:
     """Refuse a model directory that cannot be trained, before anything is loaded from it."""
     path = args.model_name_or_path
     if path is None:
@@ -49,10 +53,13 @@ def check_directory(args: ModelArguments) -> None:
             raise Refused(f"--model_name_or_path {path}: has no config.json")
         if not any(any(directory.glob(pattern)) for pattern in WEIGHTS):
             raise Refused(f"--model_name_or_path {path}: holds no weights (*.safetensors)")
-        if read_json(directory / "config.json").get("quantization_config"):
+        config = read_json(directory / "config.json")
+        if config.get("quantization_config"):
             raise Refused(
                 f"--model_name_or_path {path}: is quantised (quantization_config in config.json): train its base"
             )
+        if packing != "none" and "AutoModelForCausalLM" in (config.get("auto_map") or {}) and trusts(args, path):
+            raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
     check_tokenizer_directory(args)
 
 
@@ -179,6 +186,13 @@ def load_model(
     if args.make_moe_param_leaf_module:
         mark_moe_leaves(model, training)
     return model
+
+
+def check_packing(model: PreTrainedModel, packing: str) -> None:
+    """Refuse packing where attention would run across rows: transformers' own classes tell them by `position_ids`."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    if packing != "none" and not type(inner).__module__.startswith("transformers.models."):
+        raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
 
 
 def load_dtype(args: ModelArguments, training: TrainingArguments) -> torch.dtype | str:

@@ -27,6 +27,7 @@ from console import Refused, note
 from data import Collator, Options, load_data
 from model import (
     check_directory,
+    check_packing,
     check_training_state,
     load_model,
     load_tokenizer,
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     model_args, data_args, training_args = parse_arguments(argv)
     note_without_effect(model_args, data_args, training_args)
     base, resume = model_args.model_name_or_path, take_up(model_args, training_args)
-    check_directory(model_args)
+    check_directory(model_args, data_args.packing)
     earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
 
     # 2. Data: rows → token sequences.
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
     # 3. Model. Seeded before: what is drawn at random is drawn here.
     set_seed(training_args.seed)
     model = load_model(model_args, training_args, tokenizer, resume)
+    check_packing(model, data_args.packing)
     positions = getattr(model.config, "max_position_embeddings", data_args.max_seq_length)
     if data_args.max_seq_length > positions:
         note(f"--max_seq_length {data_args.max_seq_length} is more than the model's {positions} positions")

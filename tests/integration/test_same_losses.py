@@ -26,6 +26,7 @@ GUARD = {  # the share that runs every time
     ("moe", "zero3-offload", 2, "batch"),
     ("dense", "one", 2, "none"),
     ("dense", "zero3", 2, "batch"),
+    ("hy_v3", "zero3", 1, "batch"),
 }
 TABLE = [
     pytest.param(
@@ -33,7 +34,7 @@ TABLE = [
         id="-".join(map(str, row)),
         marks=([] if row in GUARD else [pytest.mark.campaign]) + ([] if row[1] == "one" else [pytest.mark.needs_gxx]),
     )
-    for row in itertools.product(("dense", "moe"), PLACES, (1, 2), ("none", "batch"))
+    for row in itertools.product(("dense", "moe", "hy_v3"), PLACES, (1, 2), ("none", "batch"))
 ]
 
 
