@@ -63,7 +63,11 @@ class Trainer(transformers.Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self.evaluated = torch.zeros(2, dtype=torch.float64)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = average
         total, supervised = self.accelerator.reduce(self.evaluated.to(self.args.device)).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / supervised
         return output
@@ -87,6 +91,14 @@ class Trainer(transformers.Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         self.stop_if_not_finite()
         super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        """Without ZeRO and adapter by from_pretrained: the Trainer takes a file's tensors by their names and passes
+        over those of the experts, which stand one by one in the file and fused in the model."""
+        if self.is_deepspeed_enabled or self.is_adapter:
+            return super()._load_best_model()
+        best = type(self.model).from_pretrained(self.state.best_model_checkpoint, dtype="auto")
+        self.model.load_state_dict(best.state_dict())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter. The Trainer itself calls with `_internal_call` for a checkpoint, train.py without
