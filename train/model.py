@@ -1,7 +1,7 @@
 """A model ready to train: loaded from a directory or built from flags, its adapter, what is frozen.
 
-Refused (exit code 2): a directory that is not there, has no weights or is quantised, an architecture that
-transformers' Hunyuan classes cannot express, FlashAttention where it cannot run.
+Refused (exit code 2): a directory that is not there, has no weights or is quantised, FlashAttention where it cannot
+run, packing where rows would run together.
 """
 
 import importlib.util
@@ -14,8 +14,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HunYuanDenseV1Config,
-    HunYuanMoEV1Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -42,6 +40,8 @@ def check_directory(args: ModelArguments, packing: str = "none") -> None:
             raise Refused(
                 "neither --model_name_or_path nor --tokenizer_name_or_path is given: one of them brings the tokenizer"
             )
+        from from_scratch import check_architecture
+
         check_architecture(args)
         check_tokenizer_directory(args)
         return
@@ -156,7 +156,10 @@ def load_model(
     if args.use_flash_attn:
         check_flash_attention(training)
     if args.model_name_or_path is None:
-        model = build_model(args, training, tokenizer, attention)
+        from from_scratch import build_model
+
+        dtype = load_dtype(args, training)
+        model = build_model(args, tokenizer, dtype=dtype, attn_implementation=attention)
     else:
         note_ignored_architecture(args)
         path = args.model_name_or_path
@@ -195,6 +198,16 @@ def check_packing(model: PreTrainedModel, packing: str) -> None:
         raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
 
 
+def note_ignored_architecture(args: ModelArguments) -> None:
+    """Say once which architecture flags are ignored because a model is given."""
+    names = list(ModelArguments.__dataclass_fields__)
+    names = names[names.index("hidden_size") : names.index("use_lora")]
+    default = ModelArguments()
+    given = [f"--{name}" for name in names if getattr(args, name) != getattr(default, name)]
+    if given:
+        note(f"ignored: {' '.join(given)} (the architecture is that of --model_name_or_path)")
+
+
 def load_dtype(args: ModelArguments, training: TrainingArguments) -> torch.dtype | str:
     """The precision rule: what is trained has fp32 master values.
 
@@ -225,86 +238,6 @@ def check_flash_attention(training: TrainingArguments) -> None:
         )
     if not (training.bf16 or training.fp16):
         raise Refused("--use_flash_attn: FlashAttention computes in half precision: add --bf16 (or --fp16)")
-
-
-# -------------------------------------------------------------------------------------------- a model built from flags
-
-
-def check_architecture(args: ModelArguments) -> None:
-    """Refuse architecture flags that hunyuan_v1_dense and hunyuan_v1_moe cannot express."""
-    kind = "hunyuan_v1_moe" if args.num_experts > 1 else "hunyuan_v1_dense"
-    for wrong, flag, why in (
-        (args.use_cla, "use_cla", "has no cross-layer attention"),
-        (args.use_qk_norm is False, "use_qk_norm false", "always normalises queries and keys"),
-        (
-            args.num_experts > 1 and args.num_shared_expert not in (None, 1),
-            "num_shared_expert",
-            "has one shared expert",
-        ),
-        (args.num_experts > 1 and args.use_mixed_mlp_moe is False, "use_mixed_mlp_moe false", "has a shared expert"),
-        (
-            args.moe_intermediate_size not in (None, args.intermediate_size),
-            "moe_intermediate_size",
-            "has experts of intermediate_size",
-        ),
-        (args.moe_layer_num_skipped != 0, "moe_layer_num_skipped", "has experts in every layer"),
-        (args.moe_topk > args.num_experts, "moe_topk", f"has only {args.num_experts} experts to choose from"),
-        (
-            args.hidden_size % args.num_attention_heads,
-            "hidden_size",
-            f"needs a multiple of {args.num_attention_heads} heads",
-        ),
-        (
-            args.num_attention_heads % (args.num_key_value_heads or 1),
-            "num_key_value_heads",
-            "shares each among as many heads",
-        ),
-    ):
-        if wrong:
-            raise Refused(f"--{flag}: {kind}, which is built from the architecture flags, {why}")
-
-
-def build_model(
-    args: ModelArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase, attention: str | None
-) -> PreTrainedModel:
-    """A model with random weights in the architecture that the flags describe."""
-    vocab_size = args.vocab_size or len(tokenizer)
-    if vocab_size < len(tokenizer):
-        raise Refused(f"--vocab_size {vocab_size}: the tokenizer has {len(tokenizer)} tokens")
-    shape = dict(
-        vocab_size=vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=args.num_attention_heads,
-        num_key_value_heads=args.num_key_value_heads,
-        head_dim=args.hidden_size // args.num_attention_heads,
-        max_position_embeddings=args.max_position_embeddings or args.model_max_length,
-        tie_word_embeddings=args.tie_word_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    if args.num_experts > 1:
-        config = HunYuanMoEV1Config(**shape, num_experts=args.num_experts, moe_topk=args.moe_topk)
-    else:
-        config = HunYuanDenseV1Config(**shape)
-    choice(
-        "model",
-        config.model_type,
-        f"built from the architecture flags, with random weights: --num_experts {args.num_experts}",
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=load_dtype(args, training), attn_implementation=attention)
-
-
-def note_ignored_architecture(args: ModelArguments) -> None:
-    """Say once which architecture flags are ignored because a model is given."""
-    names = list(ModelArguments.__dataclass_fields__)
-    names = names[names.index("hidden_size") : names.index("use_lora")]
-    default = ModelArguments()
-    given = [f"--{name}" for name in names if getattr(args, name) != getattr(default, name)]
-    if given:
-        note(f"ignored: {' '.join(given)} (the architecture is that of --model_name_or_path)")
 
 
 # -------------------------------------------------------------------------------------------------- what is trained

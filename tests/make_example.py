@@ -1,7 +1,7 @@
 """Remakes the embedded example: a small tokenizer of the Hunyuan chat format, training rows and held-out prompts.
 
-    python train/example/make_example.py                 # rewrites the folder this file stands in
-    python train/example/make_example.py --output_dir D  # writes the same files to D
+    python tests/make_example.py                 # rewrites train/example
+    python tests/make_example.py --output_dir D  # writes the same files to D
 
 The same files come out byte by byte, every time. They are
 
@@ -27,6 +27,7 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import Unigram
 from transformers import AutoTokenizer
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "train" / "example"
 SEED = 12
 NUM_ROWS = 900
 NUM_PROMPTS = 48
@@ -189,7 +190,7 @@ def write_text(path: Path, text: str) -> None:
 def main() -> None:
     """Make every file of the example, then read the tokenizer back and check that no text is changed by it."""
     parser = argparse.ArgumentParser(description="Remakes the files of the embedded example.")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent, help="default: this file's folder")
+    parser.add_argument("--output_dir", type=Path, default=EXAMPLE, help="default: train/example")
     folder = parser.parse_args().output_dir
 
     rows, prompts = make_rows()
