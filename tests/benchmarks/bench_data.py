@@ -79,6 +79,22 @@ def ours(file: Path, tokenizer_dir: str, workers: int) -> dict:
     }
 
 
+def plan(rows: int, capacity: int) -> dict:
+    """Bins of `capacity` tokens for as many rows as asked, of lengths spread like those of real conversations."""
+    import numpy as np
+
+    from packing import plan_bins
+
+    lengths = np.random.default_rng(0).lognormal(5.5, 1.1, rows)
+    lengths = np.clip(lengths, 8, capacity).astype(np.int32)
+    began = time.perf_counter()
+    starts = plan_bins(lengths, capacity, seed=0)[1]
+    seconds = time.perf_counter() - began
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    fill = float(lengths.sum() / (capacity * (len(starts) - 1)))
+    return {"rows": rows, "seconds": seconds, "memory": memory, "bins": len(starts) - 1, "fill": fill}
+
+
 def run(mode: str, file: Path, tokenizer: str, cache: Path, workers: int = 1) -> dict:
     """One measurement, in a process of its own."""
     command = [sys.executable, __file__, "--mode", mode, "--file", str(file), "--tokenizer", tokenizer]
@@ -94,12 +110,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokenizer")
-    parser.add_argument("--mode", choices=("all", "plain", "ours"), default="all")
+    parser.add_argument("--mode", choices=("all", "plain", "ours", "plan"), default="all")
     parser.add_argument("--file", type=Path)
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     if args.mode == "ours":
         print(json.dumps(ours(args.file, args.tokenizer, args.workers)))
+        return
+    if args.mode == "plan":
+        print(json.dumps(plan(args.rows, 4096)))
         return
     if args.mode == "plain":
         from transformers import AutoTokenizer
@@ -140,6 +159,15 @@ def main() -> None:
                 f"{first['rows']:>9} {workers:>8} {first['seconds']:>8.1f} {first['rows'] / first['seconds']:>7.0f} "
                 f"{first['memory'] / 1e9:>6.2f} {first['worker'] / 1e9:>13.2f} {again['seconds']:>9.2f}",
                 flush=True,
+            )
+        for rows in (args.rows, 10 * args.rows):
+            done = subprocess.run(
+                [sys.executable, __file__, "--mode", "plan", "--rows", str(rows)], capture_output=True
+            )
+            bins = json.loads(done.stdout.splitlines()[-1])
+            print(
+                f"bins of 4096 for {rows} rows: {bins['seconds']:.1f} s, {bins['memory'] / 1e9:.2f} GB, "
+                f"{bins['bins']} bins, {bins['fill']:.2%} full"
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
