@@ -130,6 +130,10 @@ class TrainingArguments(transformers.TrainingArguments):
 
     report_to: None | str | list[str] = option("tensorboard", "Where the curves go: tensorboard, wandb, none, ….")
     logging_nan_inf_filter: bool = option(False, "Hide a non-finite loss in the log. Off: such a loss ends the run.")
+    eval_strategy: str | None = option(
+        None, "When to evaluate: no, steps, epoch. Default: when a checkpoint is saved, where there are rows for it."
+    )
+    per_device_eval_batch_size: int | None = option(None, "Default: per_device_train_batch_size.")
     min_lr: float = option(0.0, "Lowest learning rate after the warmup, absolute; with any scheduler.")
     overwrite_output_dir: bool = option(False, "Set an earlier run in output_dir aside, in previous-<time>/.")
     early_stopping_patience: int | None = option(
@@ -235,23 +239,28 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
 def choose_evaluation(values: dict) -> None:
     """With rows to evaluate on, evaluate when a checkpoint is saved, unless told otherwise; refuse what needs such
     rows where there are none."""
-    if not values["eval_data_file"] and values["eval_split"] is None:
-        for name, off in (
-            ("eval_strategy", "no"),
-            ("early_stopping_patience", None),
-            ("load_best_model_at_end", False),
-        ):
-            if values[name] != off:
-                raise Refused(f"--{name}: there are no rows to evaluate on: --eval_data_file or --eval_split")
-        return
-    if values["eval_strategy"] == "no":
-        values["eval_strategy"] = values["save_strategy"] if values["save_strategy"] in ("steps", "epoch") else "epoch"
-        choice("eval_strategy", values["eval_strategy"], "there are rows to evaluate on")
+    batch_size, saving = values["per_device_train_batch_size"], str(values["save_strategy"])
+    values["per_device_eval_batch_size"] = values["per_device_eval_batch_size"] or batch_size
+    rows = values["eval_data_file"] or values["eval_split"] is not None
+    needing = {"eval_strategy": values["eval_strategy"] not in (None, "no"), "save_strategy": saving == "best"}
+    needing |= {name: bool(values[name]) for name in ("early_stopping_patience", "load_best_model_at_end")}
+    if not rows and any(needing.values()):
+        name = next(name for name, needs in needing.items() if needs)
+        raise Refused(f"--{name}: there are no rows to evaluate on: --eval_data_file or --eval_split")
+    if any(needing.values()) and values["metric_for_best_model"] is None:
+        values["metric_for_best_model"] = "loss"
+    if values["metric_for_best_model"] not in (None, "loss", "eval_loss"):
+        raise Refused(f"--metric_for_best_model {values['metric_for_best_model']}: the loss is what is measured")
+    if values["eval_strategy"] is None:
+        values["eval_strategy"] = "no"
+        if rows:
+            values["eval_strategy"] = saving if saving in ("steps", "epoch") else "epoch"
+            choice("eval_strategy", values["eval_strategy"], "there are rows to evaluate on")
     if values["eval_strategy"] == "steps" and values["eval_steps"] is None:
         values["eval_steps"] = values["save_steps"]
-        choice("eval_steps", values["eval_steps"], "as save_steps")
-    if values["early_stopping_patience"] and values["metric_for_best_model"] is None:
-        values["metric_for_best_model"] = "loss"
+        choice("eval_steps", f"{values['eval_steps']:g}", "as save_steps")
+    if values["packing"] == "bin" and values["group_by_length"]:
+        raise Refused("--group_by_length with --packing bin: bins are equally full, there is nothing to group")
 
 
 def config_file_as_flags(path: str) -> list[str]:

@@ -14,30 +14,31 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
-import transformers
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from console import Refused, note
-from rows import Report, read_lines
+from console import Refused
+from rows import Report, Unreadable, read_lines
 
 CHUNK = 2**19  # bytes of rows that are tokenized at a time
 WORTH_A_WORKER = 2**23  # bytes of rows for which one more process starts
 MOST_WORKERS = 16
+A_DAY = 86_400  # seconds after which what another pass left behind is nobody's
 RACY = 2 * 10**9  # nanoseconds within which a file may change again without its times telling
 CODE = [Path(__file__).with_name(name) for name in ("rows.py", "chat_format.py", "data.py", "cache.py")]
 
@@ -45,19 +46,27 @@ Line = tuple[int, bytes | None]
 Encode = Callable[[list[Line]], tuple[pa.Table, Report]]
 
 
-def tokenized(file: Path, parts: list[str], encode: Encode, workers: int | None) -> tuple[datasets.Dataset, Report]:
+def tokenized(file: Path, parts: list[str], encode: Encode, workers: int) -> tuple[datasets.Dataset, Report]:
     """What `encode` makes of the file's lines, and what it found: from the cache, or by one pass.
 
     Args:
         parts: beside the file's content and the code, what decides about the result.
-        workers: processes that encode; None: one a core where the file is large enough.
+        workers: processes that encode.
     """
-    folder = cache_folder()
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hunyuan"
     code = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in CODE)
-    with FileLock(folder / f"{digest(str(file.resolve()), *parts)}.lock", poll_interval=0.2):
-        entry = folder / digest(code, content_digest(file, folder), transformers.__version__, *parts)
-        if not entry.is_dir():
-            make_entry(entry, file, encode, workers)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{digest(str(file.resolve()), *parts)}.lock", poll_interval=0.2):
+            entry = folder / digest(code, content_digest(file, folder), *parts)
+            with FileLock(f"{entry}.lock", poll_interval=0.2):  # the same content may lie in two places
+                if not entry.is_dir():
+                    make_entry(entry, file, encode, workers)
+    except OSError as error:
+        why = f"{error.strerror or error} ({error.filename or folder})"
+        raise Refused(
+            f"{file}: cannot be tokenized into {folder}: {why}. HF_DATASETS_CACHE names another folder"
+        ) from error
     found = json.loads((entry / "report.json").read_text(encoding="utf-8"))
     if refusal := found.pop("refused", None):
         raise Refused(refusal.replace("FILE", str(file)))
@@ -67,19 +76,10 @@ def tokenized(file: Path, parts: list[str], encode: Encode, workers: int | None)
     return datasets.Dataset.from_file(str(entry / "rows.arrow")), report
 
 
-def cache_folder() -> Path:
-    """Where the entries are: in the cache of `datasets` (HF_DATASETS_CACHE); in /tmp where that cannot be written."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hunyuan"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    other = Path(tempfile.gettempdir()) / f"hunyuan-rows-{os.getuid()}"
-    other.mkdir(exist_ok=True)
-    note(f"{folder} cannot be written: tokenized rows are kept in {other} (HF_DATASETS_CACHE names another folder)")
-    return other
+def workers_for(files: list[Path]) -> int:
+    """One process a core that this one may use, where there is enough for each to do."""
+    size = sum(file.stat().st_size * (5 if file.suffix == ".gz" else 1) for file in files)
+    return max(1, min(len(os.sched_getaffinity(0)), MOST_WORKERS, size // WORTH_A_WORKER))
 
 
 def digest(*parts: str) -> str:
@@ -94,8 +94,12 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         vocabulary = repr(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     kept = {k: v for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "name_or_path", "auto_map"))}
-    code = Path(inspect.getsourcefile(type(tokenizer))).read_text(encoding="utf-8")
-    return digest(vocabulary, code, repr(tokenizer.chat_template), repr(sorted(kept.items())))
+    files = [Path(v) for k, v in sorted(tokenizer.init_kwargs.items()) if k.endswith("_file") and isinstance(v, str)]
+    code = Path(inspect.getsourcefile(type(tokenizer)))
+    files += sorted(code.parent.glob("*.py")) if "transformers_modules" in code.parts else []
+    contents = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if not tokenizer.is_fast and f.is_file()]
+    versions = [version(name) for name in ("transformers", "tokenizers", "jinja2", "tiktoken")]
+    return digest(vocabulary, repr(tokenizer.chat_template), repr(sorted(kept.items())), *contents, *versions)
 
 
 def stamp(file: Path) -> str:
@@ -124,11 +128,12 @@ def content_digest(file: Path, folder: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------ the pass
 
 
-def make_entry(entry: Path, file: Path, encode: Encode, workers: int | None) -> None:
+def make_entry(entry: Path, file: Path, encode: Encode, workers: int) -> None:
     """Encode all lines into `entry`, in a folder aside that is renamed at the end. A file that is refused leaves an
     entry that says so: the other ranks need not read it again."""
-    for old in entry.parent.glob(f"{entry.name}.part-*"):
-        shutil.rmtree(old, ignore_errors=True)
+    for old in entry.parent.glob("*.part-*"):
+        if old.name.startswith(entry.name) or time.time() - old.stat().st_mtime > A_DAY:
+            shutil.rmtree(old, ignore_errors=True)
     aside = entry.with_name(f"{entry.name}.part-{os.getpid()}")
     before = stamp(file)
     try:
@@ -136,38 +141,36 @@ def make_entry(entry: Path, file: Path, encode: Encode, workers: int | None) -> 
             aside.mkdir()
             try:
                 found = vars(write_rows(aside / "rows.arrow", file, encode, workers))
+            except Unreadable:
+                raise
             except Refused as refusal:
                 found = {"refused": str(refusal).replace(str(file), "FILE")}
             if stamp(file) != before:
-                raise Refused(f"{file}: was changed while it was read")
+                raise Unreadable(f"{file}: was changed while it was read")
             (aside / "report.json").write_text(json.dumps(found), encoding="utf-8")
             aside.rename(entry)
-    except OSError as error:
-        if entry.is_dir():  # another machine on the same file system was faster
-            return
-        raise Refused(f"{file}: tokenized rows cannot be written to {entry.parent}: {error.strerror}") from error
+    except BrokenProcessPool as error:
+        why = "out of memory? Fewer --preprocessing_num_workers need less"
+        raise Refused(f"{file}: a process that tokenized it was ended from outside: {why}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_rows(path: Path, file: Path, encode: Encode, workers: int | None) -> Report:
+def write_rows(path: Path, file: Path, encode: Encode, workers: int) -> Report:
     """Stream the file's lines through `encode` into an Arrow file, in order."""
     size, report = file.stat().st_size, Report()
-    if workers is None:
-        unpacked = size * (5 if file.suffix == ".gz" else 1)
-        workers = max(1, min(len(os.sched_getaffinity(0)), MOST_WORKERS, unpacked // WORTH_A_WORKER))
+    workers = min(workers, -(-size // CHUNK)) if file.suffix != ".gz" else workers
     # the bar appears when a pass takes more than a moment; in a log file it is a line now and then
     bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenizing {file.name}", delay=2,
                mininterval=0.5 if sys.stderr.isatty() else 20)  # fmt: skip
-    schema = encode([])[0].schema
-    with bar, ArrowWriter(schema=schema, path=str(path)) as writer:
+    empty = encode([])[0]
+    with bar, ArrowWriter(schema=empty.schema, path=str(path)) as writer:
+        writer.write_table(empty)
         for (table, found), position in encoded(chunks(file, report.notes), encode, workers):
             report.add(found)
             if table.num_rows:
                 writer.write_table(table)
             bar.update(position - bar.n)
-        if not writer._num_examples and not writer._num_bytes:
-            writer.write_table(encode([])[0])
         writer.finalize()
     return report
 

@@ -29,11 +29,28 @@ WARNINGS = {
     "(thinking under enable_thinking false, no_think or a template that closes the block: set it in the row)",
     "thinking_left_out": "assistant turns whose thinking the template leaves out",
     "text_left_out": "messages whose text the template leaves out",
+    "without_end": "assistant turns that the template ends with no token of its own: the model does not learn to stop",
     "tools_left_out": "rows with tools, which the template leaves out",
 }
 
 
 # ---------------------------------------------------------------------------------------------------------- thinking
+
+
+USER_ASKS, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "zxq9"}  # to try a template
+
+
+class Ending(NamedTuple):
+    """How a template ends the last turn.
+
+    `left_out` is the text that ends it where the plain render leaves it out; `is_training` gives it (Hy3), or it is
+    known from turns before others. `after` is what the template writes after it, which no model has to say.
+    """
+
+    left_out: str
+    rendered: bool
+    in_training: bool
+    after: str
 
 
 class Said(NamedTuple):
@@ -62,7 +79,7 @@ def what_is_said(message: dict) -> Said:
         if answer.startswith("<answer>") and answer.rstrip().endswith("</answer>"):
             answer = answer.removeprefix("<answer>").rstrip().removesuffix("</answer>")
             answer = answer.removeprefix("\n").removesuffix("\n")
-        if own is not None and own.strip() != thinking.strip():
+        if own and own.strip() and own.strip() != thinking.strip():
             raise BadRow("thinking stands both in a field of its own and in the content, and differs")
         return Said(thinking, answer, inside=True)
     return Said(own, content, inside=False)
@@ -77,9 +94,7 @@ class ChatFormat:
     Attributes:
         reads_thinking: it renders a message's `reasoning_content`; otherwise thinking goes into the content.
         thinks: the models of this template think.
-        end: the text that ends a turn, where the template leaves it out after the last one (Hy3 writes it there only
-            with `is_training`).
-        after_end: what the template writes after the token that ends the last turn, which no model has to say.
+        needs_text: it fails on tool calls without content; they get an empty one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -89,33 +104,45 @@ class ChatFormat:
         self.template = re.sub(r"\{#.*?#\}", "", template_text, flags=re.DOTALL)  # less its comments
         tokenizer("", add_special_tokens=False)  # leaves no truncation or padding set
         self.prints_time = "strftime_now" in self.template
+        self.takes_tools = "tools" in self.template or not isinstance(template, str)
         self.special_tokens = tokenizer.special_tokens_map
         self.own_rendering = type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
-        user, mark = {"role": "user", "content": "u"}, "zxq9"
-        answer = {"role": "assistant", "content": mark}
-        thinking = answer | {"reasoning_content": "vwk8"}
-        ways = ({}, {"reasoning_effort": "high"}, {"enable_thinking": True})
-        self.reads_thinking = any("vwk8" in self.try_render([user, thinking], **way) for way in ways)
+        function = {"name": "f", "arguments": {"x": "y"}, "parameters": {}}
+        tools = [{"type": "function", "function": function}]
+        calls, thinking = USER_ASKS | {"tool_calls": tools, "role": "assistant"}, {"reasoning_content": "vwk8"}
+        self.reads_thinking = any(
+            "vwk8" in self.try_render([USER_ASKS, answer | thinking], tools=given, **way)
+            for answer, given in ((ANSWER, None), (calls, tools))
+            for way in ({}, {"reasoning_effort": "high"}, {"enable_thinking": True})
+        )
         self.thinks = self.reads_thinking or "think" in self.template
-        self.takes_tools = "tools" in self.template or not isinstance(template, str)
+        self.needs_text = not self.try_render([USER_ASKS, calls | {"content": None}], tools=tools)
+        self.ids = TokenIds(tokenizer)
 
+    @functools.cache  # noqa: B019 (one object a run)
+    def ending(self, **options) -> "Ending":
+        """How the last turn ends, under a row's options."""
+        tokenizer = self.tokenizer
         special = sorted({*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder} - {tokenizer.eos_token})
 
-        def end_in(messages: list[dict], **way) -> tuple[str, str]:
-            """What follows the answer, parted after the token that ends a turn: `eos_token`, else a special one."""
-            tail = self.try_render(messages, **way).partition(mark)[2]
+        def parted(messages: list[dict], **way) -> tuple[str, str]:
+            """What follows the answer, parted after the token that ends the turn: `eos_token`, else a special one."""
+            tail = self.try_render(messages, **options, **way).partition(ANSWER["content"])[2]
             for tokens in ([tokenizer.eos_token] if tokenizer.eos_token else []), special:
                 places = [(tail.index(t), tail.index(t) + len(t)) for t in tokens if t in tail]
                 if places:
                     return tail[: min(places)[1]], tail[min(places)[1] :]
             return "", ""
 
-        self.end, self.ends_in_training = "", False
-        end, self.after_end = end_in([user, answer])
-        if not end and (in_training := end_in([user, answer], is_training=True))[0]:
-            (self.end, self.after_end), self.ends_in_training = in_training, True
-        elif not end:
-            self.end = end_in([user, answer, user])[0]
+        found, after = parted([USER_ASKS, ANSWER])
+        if found:
+            return Ending("", True, False, after)
+        found, after = parted([USER_ASKS, ANSWER], is_training=True)
+        if found:
+            return Ending(found, True, True, after)
+        # after an answer that is not the last; any other token there may as well begin the next turn
+        found = parted([USER_ASKS, ANSWER, USER_ASKS])[0]
+        return Ending(found if found == tokenizer.eos_token else "", False, False, "")
 
     def try_render(self, messages: list[dict], **options) -> str:
         try:
@@ -123,14 +150,16 @@ class ChatFormat:
         except Exception:  # a template may raise anything
             return ""
 
+    def options(self, row: dict) -> dict:
+        return {name: row[name] for name in ("reasoning_effort", "enable_thinking") if row.get(name) is not None}
+
     def renderer(self, row: dict, messages: list[dict]):
         """A function of (number of messages, options) that renders the row's first messages, each once.
 
         It does what apply_chat_template does, less its checks and copies of every message. And it hands over the time,
         for a template that prints it: tokens are then the same on every rank and run.
         """
-        tools = row.get("tools")
-        options = {name: row[name] for name in ("reasoning_effort", "enable_thinking") if row.get(name) is not None}
+        tools, options = row.get("tools"), self.options(row)
         if self.own_rendering:  # the tokenizer's code brings an apply_chat_template of its own
 
             def render(upto: int, **more) -> str:
@@ -145,24 +174,23 @@ class ChatFormat:
             def render(upto: int, **more) -> str:
                 return template.render(messages=messages[:upto], **fixed | more)
 
-        return functools.cache(render)
+        return functools.lru_cache(maxsize=8)(render)  # neighbouring turns share renders
 
-    def messages(self, row: dict, counts: dict[str, int]) -> tuple[list[dict], dict[int, str | None]]:
+    def messages(self, row: dict, counts: dict[str, int]) -> tuple[list[dict], dict[int, Said]]:
         """The row's messages as the template gets them: an empty system message left out (the released A13B template
         refuses it), thinking where the template reads it. All else as it is.
 
-        Returns them, and the thinking of each of the assistant's by its place.
+        Returns them, and what is said in each of the assistant's by its place.
         """
         says_no_think = row.get("reasoning_effort") == "no_think" or row.get("enable_thinking") is False
-        messages, thinking, asked_not_to = [], {}, False
+        messages, spoken, asked_not_to = [], {}, False
         for i, message in enumerate(row["messages"]):
             if message["role"] == "system" and not message["content"]:
                 continue
             if message["role"] == "user":
                 asked_not_to = message["content"].lstrip().startswith("/no_think")
             if message["role"] == "assistant":
-                said = what_is_said(message)
-                thinking[len(messages)] = said.thinking
+                spoken[len(messages)] = said = what_is_said(message)
                 if said.thinking and said.thinking.strip():
                     if says_no_think:
                         raise BadRow(
@@ -170,7 +198,8 @@ class ChatFormat:
                         )
                     counts["no_think_with_thinking"] += asked_not_to
                 counts["without_thinking"] += self.thinks and not says_no_think and said.thinking is None
-                if said.thinking is not None and said.inside == self.reads_thinking:
+                none = said.thinking is None or not (said.thinking or said.inside or self.thinks)
+                if not none and said.inside == self.reads_thinking:
                     message = {name: value for name, value in message.items() if name not in THINKING}
                     if self.reads_thinking:
                         message |= {"reasoning_content": said.thinking, "content": said.answer}
@@ -181,11 +210,13 @@ class ChatFormat:
                         message |= {"content": block if calls_only else block + answer}
             # as apply_chat_template does: templates test for a key, and know thinking by more than one name
             if None in message.values():
+                if message.get("content") is None and self.needs_text:
+                    message = message | {"content": ""}
                 message = {name: value for name, value in message.items() if value is not None}
-            if own := next((message[name] for name in THINKING if name in message), None):
+            if (own := next((message[name] for name in THINKING if name in message), None)) is not None:
                 message = {"thinking": own, **message, "reasoning_content": own}
             messages.append(message)
-        return messages, thinking
+        return messages, spoken
 
     def sequences(self, row: dict, train_on: str, counts: dict[str, int]) -> list[tuple[str, list[tuple[int, int]]]]:
         """Render a conversation and find what the model has to say in it.
@@ -196,56 +227,45 @@ class ChatFormat:
         Returns one (text, [(first character, end)]), or, where the template rewrites earlier turns once a later one is
         there, one for each state that inference would see. A row's first text may have no span.
         """
-        messages, thinking = self.messages(row, counts)
-        render = self.renderer(row, messages)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        messages, spoken = self.messages(row, counts)
+        render, ending = self.renderer(row, messages), self.ending(**self.options(row))
         last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-        wanted = [i for i in turns if messages[i].get("weight") != 0 and (train_on == "all" or i > last_user)]
-        counts["turns"] += len(turns)
-        counts["turns_not_trained_on"] += len(turns) - len(wanted)
-        text, spans = self.said(render, len(messages)) if turns[-1] == len(messages) - 1 else render(len(messages)), []
-        whole, sequences = text, [(text, spans)]
+        wanted = [i for i in spoken if messages[i].get("weight") != 0 and (train_on == "all" or i > last_user)]
+        counts["turns"] += len(spoken)
+        counts["turns_not_trained_on"] += len(spoken) - len(wanted)
+        whole = self.said(render, ending, len(messages)) if len(messages) - 1 in spoken else render(len(messages))
+        text, spans = whole, []
+        sequences = [(text, spans)]
         for i in reversed(wanted):
-            asked, said = render(i, add_generation_prompt=True), self.said(render, i + 1)
+            asked, said = render(i, add_generation_prompt=True), self.said(render, ending, i + 1)
             start = agreement(asked, said)
             if start < len(asked):
-                if start < agreement(asked, render(i)):
+                if start < agreement(asked, render(i).removesuffix(ending.after)):
                     raise BadRow(f"the template changes what stands before messages[{i}] once its answer is there")
                 counts["against_prompt"] += 1
-            body = said.removesuffix(self.after_end)
+            counts["without_end"] += not (ending.rendered or ending.left_out)
+            body = said.removesuffix(ending.after)
             if not text.startswith(body):
                 text, spans = said, []
                 sequences.insert(0, (text, spans))
             spans.insert(0, (start, len(body)))
-            counts["thinking_left_out"] += bool(thinking[i]) and thinking[i].strip() not in said[start:]
+            own, answer = spoken[i].thinking, spoken[i].answer.strip()
+            counts["thinking_left_out"] += bool(own) and own.strip() not in said[start:]
+            counts["text_left_out"] += bool(answer) and answer not in said[start:]
         for message in messages:
             given = message["role"] != "assistant" and message["content"].strip()
             counts["text_left_out"] += bool(given) and given not in whole
         counts["tools_left_out"] += bool(row.get("tools")) and not self.takes_tools
         return [sequence for sequence in sequences if sequence[1]] or sequences[:1]
 
-    def said(self, render, upto: int) -> str:
+    def said(self, render, ending: Ending, upto: int) -> str:
         """The render of a conversation whose last message is the assistant's, ended as the model has to end it."""
-        if self.ends_in_training:  # unless that changes what stands before the turn, too
+        if ending.in_training:  # unless that changes what stands before the turn, too
             trained = render(upto, is_training=True)
             if trained.startswith(render(upto - 1, add_generation_prompt=True)) or trained.startswith(render(upto)):
                 return trained
         text = render(upto)
-        if not self.end:
-            return text
-        return text if text.endswith(self.end + self.after_end) else text + self.end
-
-    @functools.cached_property
-    def id_of(self) -> dict:
-        """Token → id, filled as tokens are met."""
-        to_id = self.tokenizer.convert_tokens_to_ids
-
-        class Ids(dict):
-            def __missing__(self, token):
-                self[token] = to_id([token])[0]  # a token may be bytes
-                return self[token]
-
-        return Ids()
+        return text if text.endswith(ending.left_out + ending.after) else text + ending.left_out
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
@@ -268,7 +288,7 @@ class ChatFormat:
             encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
         if not tokenizer.is_fast and cls._encode_plus is PythonBackend._encode_plus:
-            return [[self.id_of[token] for token in tokenizer.tokenize(text)] for text in texts]
+            return [[self.ids[token] for token in tokenizer.tokenize(text)] for text in texts]
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def tokenize_or_none(self, text: str) -> list[int] | None:
@@ -288,6 +308,17 @@ class ChatFormat:
             len(ids) if place == len(text) else agreement(self.tokenize([text[:place]])[0], ids.tolist())
             for place in places
         ]
+
+
+class TokenIds(dict):
+    """Token → id, filled as tokens are met."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def __missing__(self, token: str | bytes) -> int:
+        self[token] = self.tokenizer.convert_tokens_to_ids([token])[0]
+        return self[token]
 
 
 def agreement(a: str | list[int], b: str | list[int]) -> int:

@@ -95,9 +95,12 @@ def finish_from(checkpoint: Path, args: TrainingArguments, companions: "Companio
     """
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    best = checkpoint.with_name(Path(state.get("best_model_checkpoint") or checkpoint).name)
+    weights = best if args.load_best_model_at_end and best.is_dir() else checkpoint
     adapter = (checkpoint / "adapter_config.json").is_file()
     dtype = torch.float32 if adapter else save_dtype(args)
-    for file in checkpoint.glob("*.safetensors"):
+    for file in weights.glob("*.safetensors"):
         save_file(cast(load_file(file), dtype, companions.fp32_names), output / file.name, metadata={"format": "pt"})
     for name in ("config.json", "adapter_config.json", "model.safetensors.index.json"):
         if (checkpoint / name).is_file():
@@ -105,7 +108,6 @@ def finish_from(checkpoint: Path, args: TrainingArguments, companions: "Companio
     companions.write(output, None if adapter else dtype)
     shutil.copyfile(checkpoint / "trainer_state.json", output / "trainer_state.json")
     if not (output / "train_results.json").exists():
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
         figures |= {"global_step": state["global_step"], "train_loss": sum(losses) / len(losses) if losses else None}
         (output / "train_results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -190,12 +190,14 @@ def load_examples(
     """
     import datasets
 
-    from cache import fingerprint, tokenized
+    from cache import fingerprint, tokenized, workers_for
 
     chat, parts, report = ChatFormat(tokenizer), [], Report()
     print_tokenizer, encode = fingerprint(tokenizer), functools.partial(encode_rows, chat=chat, options=options)
     named: dict[str, list[str]] = {}
-    for file in data_files(patterns, flag):
+    files = data_files(patterns, flag)
+    workers = workers or workers_for(files)
+    for file in files:
         rows, found = tokenized(file, [print_tokenizer, repr(options)], encode, workers)
         parts.append(rows)
         for kind, lines in found.lines.items():

@@ -82,11 +82,6 @@ class Bins(torch.utils.data.Dataset):
         return [self.examples[int(i)] for i in self.order[self.starts[b] : self.starts[b + 1]]]
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each bin."""
-        return np.add.reduceat(self.examples.lengths[self.order], self.starts[:-1])
-
-    @property
     def fill(self) -> float:
         """Share of all bins' places that hold a token."""
         return float(self.examples.lengths.sum()) / (len(self) * self.capacity)

@@ -7,6 +7,7 @@ key twice, NUL, lone surrogates, over 16 MB, nested too deep, not a conversation
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -42,6 +43,10 @@ class BadRow(ValueError):
     """What is wrong with one row, without its text."""
 
 
+class Unreadable(Refused):
+    """A file that could not be read now; another time it may."""
+
+
 @dataclass
 class Report:
     """What a pass over rows found. Of each kind the first lines with what is said of them, and the number of all."""
@@ -69,7 +74,7 @@ def data_files(patterns: list[str], flag: str = "--train_data_file") -> list[Pat
         raise Refused(f"{flag} is not given: one or more jsonl files")
     files = []
     for pattern in patterns:
-        found = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+        found = [Path(pattern)] if os.path.exists(pattern) else sorted(map(Path, glob.glob(pattern, recursive=True)))
         if not found:
             raise Refused(f"{flag} {pattern}: no such file")
         for file in found:
@@ -96,9 +101,11 @@ def read_lines(file: Path, notes: list[str]) -> Iterator[tuple[int, bytes | None
                 tail = line[-2:]
                 while too_long and tail and not tail.endswith(b"\n"):
                     tail = lines.readline(2**20)[-2:]
+                one_array = not any_row and line.strip() and is_array(line, lines)
             except (EOFError, OSError, zlib.error) as error:
                 what = f"cannot be read ({type(error).__name__}): is the file whole?"
-                raise Refused(f"{file}:{number + 1}: {what}") from error
+                spoilt = isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error))
+                raise (Refused if spoilt else Unreadable)(f"{file}:{number + 1}: {what}") from error
             if not line:
                 break
             number += 1
@@ -110,7 +117,7 @@ def read_lines(file: Path, notes: list[str]) -> Iterator[tuple[int, bytes | None
             if not line.strip():
                 note_once(notes, "blank lines")
                 continue
-            if not any_row and is_array(line, lines):
+            if one_array:
                 raise Refused(f"{file}: is {ARRAY}. To convert it:\n  {CONVERTERS[ARRAY]} < {file} > rows.jsonl")
             any_row = True
             yield number, None if too_long else line, raw.tell()
@@ -130,7 +137,9 @@ def is_array(first: bytes, rest) -> bool:
     text = first.strip()
     if not text.startswith(b"["):
         return False
-    return text == b"[" or text.endswith((b",", b"{")) or (text.endswith(b"]") and not rest.peek(1).strip())
+    if len(first) > MAX_LINE or text == b"[" or text.endswith((b",", b"{")):
+        return True
+    return text.endswith(b"]") and not rest.peek(1).strip()
 
 
 # ------------------------------------------------------------------------------------------------------ one line
@@ -223,9 +232,9 @@ def check_row(row: object) -> None:
     tools = row.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRow('"tools" is not a list of objects')
-    if not isinstance(row.get("enable_thinking", True), bool):
+    if not isinstance(row.get("enable_thinking"), (bool, type(None))):
         raise BadRow('"enable_thinking" is neither true nor false')
-    if not isinstance(row.get("reasoning_effort", ""), str):
+    if not isinstance(row.get("reasoning_effort"), (str, type(None))):
         raise BadRow('"reasoning_effort" is not a text')
 
 

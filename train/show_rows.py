@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -31,6 +32,8 @@ def main(argv: list[str]) -> None:
     try:
         logging.set_verbosity_error()
         tokenizer = load(args.model)
+        if args.max_seq_length < 2:
+            raise Refused(f"--max_seq_length {args.max_seq_length}: must be at least 2")
         options = Options(args.max_seq_length, args.train_on, args.overlong)
         if args.row is None:
             show_file(load_examples(args.file, tokenizer, options, args.bad_rows, flag="--file"))
@@ -44,6 +47,8 @@ def main(argv: list[str]) -> None:
 
 
 def load(path: str) -> PreTrainedTokenizerBase:
+    if not Path(path).is_dir():
+        raise Refused(f"--model {path}: no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
     except Exception as error:  # the directory's own code may raise anything

@@ -16,6 +16,18 @@ from data import IGNORE_INDEX, Filled
 TAKES_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
 
 
+class GroupedByLength(LengthGroupedSampler):
+    """Another order each epoch, by the seed alone: the same on every rank and after a resume."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
 class Trainer(transformers.Trainer):
     """transformers.Trainer.
 
@@ -48,7 +60,7 @@ class Trainer(transformers.Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, dataset=dataset, lengths=dataset.lengths.tolist())
+        return GroupedByLength(size, dataset.lengths.tolist(), self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset):
         return SequentialSampler(eval_dataset)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 import cache
 import data
+import rows
 from conftest import EXAMPLE_TOKENIZER, TRAIN
 from console import Refused
 from data import Options, load_examples
@@ -133,6 +135,33 @@ def test_a_file_cut_off_is_refused_and_the_refusal_kept(tokenizer, folder, tmp_p
     assert len(passes) == number
 
 
+def test_what_could_not_be_read_now_is_read_another_time(tokenizer, folder, tmp_path, monkeypatch):
+    file = write(tmp_path / "rows.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(Refused, match="rows.jsonl:1: cannot be read"):
+        patch.setattr(rows, "is_array", Mock(side_effect=OSError(5, "Input/output error")))
+        load_examples([str(file)], tokenizer, Options())
+    with monkeypatch.context() as patch, pytest.raises(Refused, match="Permission denied"):
+        patch.setattr(cache, "content_digest", Mock(side_effect=PermissionError(13, "Permission denied", str(file))))
+        load_examples([str(file)], tokenizer, Options())
+    assert len(load_examples([str(file)], tokenizer, Options())) == 50
+
+
+def test_a_worker_that_is_killed_is_named(tokenizer, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNK", 100)
+    monkeypatch.setattr(cache, "begin_worker", lambda encode: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(Refused, match="ended from outside: out of memory"):
+        load_examples([str(write(tmp_path / "rows.jsonl"))], tokenizer, Options(), workers=2)
+    assert not entries(folder)
+
+
+def test_what_was_left_behind_goes_after_a_day(tokenizer, folder, tmp_path):
+    for name, age in (("a.part-1", 0), ("b.part-1", 2 * cache.A_DAY)):
+        (folder / name).mkdir(parents=True)
+        os.utime(folder / name, (time.time() - age,) * 2)
+    load_examples([str(write(tmp_path / "rows.jsonl"))], tokenizer, Options())
+    assert {name for name in entries(folder) if "part" in name} == {"a.part-1"}
+
+
 PASS = """
 import sys, time
 sys.path.insert(0, {train!r})
@@ -190,8 +219,9 @@ def test_interrupting_leaves_no_half_cache_and_no_worker(number, tmp_path, folde
 
 
 def test_two_at_once_make_one_pass(tmp_path, folder):
-    file = write(tmp_path / "rows.jsonl", 300)
-    processes = [start_pass(tmp_path, file, 0.01, workers=1) for _ in range(2)]
+    """Also where the same rows lie in two places."""
+    files = [write(tmp_path / "rows.jsonl", 300), write(tmp_path / "copy.jsonl", 300)]
+    processes = [start_pass(tmp_path, file, 0.01, workers=1) for file in files]
     said = sorted(process.communicate(timeout=60)[0].splitlines()[-1] for process in processes)
     assert said == ["rows 300 parsed 0", "rows 300 parsed 300"]
     assert len(entries(folder)) == 1

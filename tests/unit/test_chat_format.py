@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 from chat_format import ChatFormat
@@ -72,6 +73,11 @@ CONVERSATIONS = {
     "fast, thinking disabled": ([user("/no_think1+1=?"), said(pattern("", "2"))], OFF),
     "fast, no_think": ([user("1+1=?"), said(pattern("", "2"))], NO_THINK),
     "no pattern, thinking disabled": ([user("1+1=?"), said("2")], OFF),
+    "fast, two turns, thinking disabled": (
+        [user("a"), said(pattern("", "b")), user("c"), said(pattern("", "d"))], OFF
+    ),
+    "empty thinking in both": ([user("q"), said(pattern("t", "so"), reasoning_content="")], HIGH),
+    "nulls": ([user("q"), said("so")], {"enable_thinking": None, "reasoning_effort": None, "tools": None}),
     "documentation's own": ([user("1+1=?"), said("<think>\nIt is 2.</think>\n<answer>\n1+1=2\n</answer>")], {}),
     "think without answer block": ([user("q"), said("<think>\nhm\n</think>\n\nso")], {}),
     "thinking beside": ([user("q"), said("so", reasoning_content="hm")], HIGH),
@@ -175,14 +181,14 @@ def says_a13b(row):
     for message in row["messages"]:
         if message["role"] == "assistant" and message.get("weight") != 0:
             content = in_content(message)
+            if row.get("enable_thinking") is False:
+                content = content.removeprefix("<think>\n\n</think>\n")
             if row.get("tools") and message.get("tool_calls"):
                 functions = [c["function"] for c in message["tool_calls"]]
                 calls = [f'{{"name": "{f["name"]}", "arguments": {json.dumps(f["arguments"])}}}' for f in functions]
                 text += f"<tool_calls>[{', '.join(calls)}]</tool_calls><|eos|>"
             else:
                 text += ("助手：" if row.get("tools") else "") + content + "<|eos|>"
-    if row.get("enable_thinking") is False:
-        text = text.removeprefix("<think>\n\n</think>\n")
     return [text]
 
 
@@ -205,7 +211,7 @@ def says_hy3(row):
         if message["role"] == "assistant":
             thinking, answer = apart(message)
             thoughts[i] = thinking
-            closed = row.get("reasoning_effort", "no_think") == "no_think" and not thinking
+            closed = (row.get("reasoning_effort") or "no_think") == "no_think" and not thinking
             calls = [c["function"] for c in message.get("tool_calls") or []]
             calls = "".join(f"<tool_call:test>{c['name']}{json.dumps(c['arguments'])}\n" for c in calls)
             calls = f"<tool_calls:test>\n{calls}</tool_calls:test>" if calls else ""
@@ -215,7 +221,8 @@ def says_hy3(row):
 
 def says_mt(row):
     spoken = [m for m in row["messages"] if m["role"] == "assistant" and m.get("weight") != 0]
-    return ["".join(in_content(m) + FORMATS["mt"][1] for m in spoken)]
+    # these models do not think: an empty field is none
+    return ["".join((in_content(m) if apart(m)[0] else m["content"] or "") + FORMATS["mt"][1] for m in spoken)]
 
 
 def says_opens_think(row):
@@ -238,11 +245,15 @@ def prepared(name, row):
     for message in row["messages"]:
         if message == system(""):
             continue
+        if name == "mt" and message["content"] is None:
+            message = message | {"content": ""}  # this template fails on calls without content
         if message["role"] == "assistant":
             thinking, answer = apart(message)
             inside = (message["content"] or "").startswith("<think>\n")
             if name in ("hy3", "opens_think") and inside:
                 message = message | {"content": answer, "reasoning_content": thinking}
+            elif name == "mt" and not thinking:
+                pass
             elif name not in ("hy3", "opens_think") and not inside and thinking is not None:
                 message = {k: v for k, v in message.items() if k not in ("reasoning_content", "thinking")} | {
                     "content": in_content(message)
@@ -303,7 +314,7 @@ def test_supervised_is_what_the_model_has_to_say(name, conversation, format_toke
     assert [supervised(tokenizer, s) for s in sequences] == ORACLES[name](row)
 
     noon(row)
-    options = {k: row[k] for k in ("reasoning_effort", "enable_thinking", "tools") if k in row}
+    options = {k: row[k] for k in ("reasoning_effort", "enable_thinking", "tools") if row.get(k) is not None}
     given = prepared(name, row)
     ends = {i + 1 for i, m in enumerate(given) if m["role"] == "assistant"} | {len(given)}
     rendered = []
@@ -357,17 +368,29 @@ def test_rows_that_contradict_themselves(row, says, format_tokenizer):
 
 
 def test_warnings_are_counted(format_tokenizer, shared):
+    so = call("f", content="Let me look.")
     for name, row, kind in (
         ("dense", {"messages": [user("/no_think q"), said(pattern("t", "a"))]}, "no_think_with_thinking"),
         ("dense", {"messages": [user("q"), said("a")]}, "without_thinking"),
         ("hy3", {"messages": [user("q"), said("a", reasoning_content="t")]}, "against_prompt"),
         ("hy", {"messages": [user("q"), call("f", reasoning_content="hm"), tool("r")], **TOOLS}, "thinking_left_out"),
         ("hy", {"messages": [user("q"), call("f"), tool("result"), said("b")]}, "text_left_out"),
+        ("hy", {"messages": [user("q"), so, tool("r")], **TOOLS}, "text_left_out"),
         ("mt", {"messages": [user("q"), said("b")], **TOOLS}, "tools_left_out"),
-    ):  # fmt: skip
+    ):
         counts = encode(format_tokenizer(name), row)[1].counts
         assert counts[kind] == 1, (name, kind, counts)
     assert encode(format_tokenizer("mt"), {"messages": [user("q"), said("a")]})[1].counts["without_thinking"] == 0
+
+
+def test_a_turn_that_ends_where_the_next_begins_is_warned_of(format_tokenizer):
+    """No token of the next turn is taken for the end of this one."""
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    template += "{{ '<|assistant|>' if add_generation_prompt }}"
+    tokenizer = AutoTokenizer.from_pretrained(format_tokenizer("mt").name_or_path, chat_template=template)
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"], special_tokens=True)
+    (sequence,), report = encode(tokenizer, {"messages": [user("a"), said("b"), user("c"), said("d")]})
+    assert supervised(tokenizer, sequence) == "bd" and report.counts["without_end"] == 2
 
 
 def test_a_template_that_rewrites_what_the_answer_goes_on_from_is_refused(format_tokenizer):
@@ -377,8 +400,7 @@ def test_a_template_that_rewrites_what_the_answer_goes_on_from_is_refused(format
         "{% for m in messages %}{{ m.role + ':' + m.content }}{{ '(last)' if loop.last and m.role == 'user' }}"
         "{{ '<｜hy_place▁holder▁no▁2｜>' }}{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
     )
-    chat = ChatFormat(tokenizer)
-    chat.tokenizer = type("Other", (), {"get_chat_template": lambda *a: template})()
+    chat = ChatFormat(AutoTokenizer.from_pretrained(tokenizer.name_or_path, chat_template=template))
     with pytest.raises(BadRow, match="changes what stands before messages"):
         chat.sequences({"messages": [user("q"), said("a")]}, "all", Counter())
 
