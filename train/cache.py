@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -225,9 +224,6 @@ def work(lines: list[Line]) -> tuple[pa.Table, Report]:
 @contextmanager
 def stops_cleanly():
     """SIGTERM ends the pass like Ctrl-C does: what it has written so far is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def stop(number, frame):
         raise SystemExit(128 + number)

@@ -291,11 +291,13 @@ class ChatFormat:
             return [[self.ids[token] for token in tokenizer.tokenize(text)] for text in texts]
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
-    def tokenize_or_none(self, text: str) -> list[int] | None:
+    def tokenize_all(self, texts: list[str]) -> list[list[int] | None]:
+        """The same; None for a text that the tokenizer does not take."""
         try:
-            return self.tokenize([text])[0]
-        except Exception:
-            return None
+            return self.tokenize(texts) if texts else []
+        except Exception:  # one of them fails all: parted until it stands alone
+            half = len(texts) // 2
+            return self.tokenize_all(texts[:half]) + self.tokenize_all(texts[half:]) if half else [None]
 
     def tokens_before(self, text: str, ids: np.ndarray, places: list[int]) -> list[int]:
         """For each place (in characters) the number of tokens that lie wholly before it."""

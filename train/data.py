@@ -65,10 +65,7 @@ def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options
         row_hash = int.from_bytes(hashlib.blake2b(line.strip(), digest_size=4).digest(), "little")
         rows.append((number, row_hash, sequences))
         texts += [text for text, _ in sequences]
-    try:
-        all_ids = iter(chat.tokenize(texts) if texts else [])
-    except Exception:  # one text that the tokenizer does not take fails all
-        all_ids = iter(chat.tokenize_or_none(text) for text in texts)
+    all_ids = iter(chat.tokenize_all(texts))
     columns = {"input_ids": [], "spans": [], "row_hash": []}
     for number, row_hash, sequences in rows:
         kept, too_long, row_ids = 0, 0, [next(all_ids) for _ in sequences]

@@ -93,6 +93,7 @@ def read_lines(file: Path, notes: list[str]) -> Iterator[tuple[int, bytes | None
     A `.gz` is read through; memory holds one line.
     """
     number, line, any_row = 0, b"\n", False
+    accepted: dict[str, None] = {}
     with open(file, "rb") as raw, gzip.open(raw) if file.suffix == ".gz" else raw as lines:
         while True:
             try:
@@ -111,11 +112,11 @@ def read_lines(file: Path, notes: list[str]) -> Iterator[tuple[int, bytes | None
             number += 1
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
                 line = line[3:]
-                note_once(notes, "a byte order mark at the start")
+                accepted["a byte order mark at the start"] = None
             if line.endswith(b"\r\n"):
-                note_once(notes, "lines that end in CRLF")
+                accepted["lines that end in CRLF"] = None
             if not line.strip():
-                note_once(notes, "blank lines")
+                accepted["blank lines"] = None
                 continue
             if one_array:
                 raise Refused(f"{file}: is {ARRAY}. To convert it:\n  {CONVERTERS[ARRAY]} < {file} > rows.jsonl")
@@ -124,12 +125,8 @@ def read_lines(file: Path, notes: list[str]) -> Iterator[tuple[int, bytes | None
     if not any_row:
         raise Refused(f"{file}: is empty: it has no row")
     if not before.endswith(b"\n"):
-        note_once(notes, "no newline at the end")
-
-
-def note_once(notes: list[str], what: str) -> None:
-    if what not in notes:
-        notes.append(what)
+        accepted["no newline at the end"] = None
+    notes += accepted
 
 
 def is_array(first: bytes, rest) -> bool:
@@ -198,12 +195,8 @@ def depth(value: object) -> int:
 def texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from texts(item)
-    elif isinstance(value, list):
-        for item in value:
+    elif isinstance(value, (dict, list)):
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
             yield from texts(item)
 
 

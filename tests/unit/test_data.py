@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from chat_format import ChatFormat
 from console import Refused
 from data import IGNORE_INDEX, Collator, Filled, Options, load_examples
 from packing import Bins, plan_bins
@@ -59,6 +60,23 @@ def test_bad_rows_of_several_files_are_one_list(tokenizer, rows_file, capsys):
     examples = load_examples(files, tokenizer, Options(), bad_rows="skip")
     assert (len(examples), examples.figures()["num_rows"], examples.figures()["num_rows_skipped"]) == (2, 4, 2)
     assert f"{files[0]}:2: not JSON" in capsys.readouterr().out
+
+
+def test_a_row_that_the_tokenizer_does_not_take_is_bad(tokenizer, rows_file, monkeypatch):
+    tokenize = ChatFormat.tokenize
+
+    def refusing(self, texts):
+        if any("x" in text for text in texts):
+            raise ValueError("secret")
+        return tokenize(self, texts)
+
+    monkeypatch.setattr(ChatFormat, "tokenize", refusing)
+    file = rows_file([conversation("q", text) for text in "abxcdxe"])
+    with pytest.raises(
+        Refused, match=f"2 of 7 rows are bad:\n{file}:3: the tokenizer does not take it\n{file}:6"
+    ) as bad:
+        load_examples([file], tokenizer, Options())
+    assert "secret" not in str(bad.value)
 
 
 def test_the_remedy_for_another_shape_is_said_once(tokenizer, rows_file):
