@@ -66,12 +66,12 @@ def test_a_row_that_the_tokenizer_does_not_take_is_bad(tokenizer, rows_file, mon
     tokenize = ChatFormat.tokenize
 
     def refusing(self, texts):
-        if any("x" in text for text in texts):
+        if any("Z" in text for text in texts):
             raise ValueError("secret")
         return tokenize(self, texts)
 
     monkeypatch.setattr(ChatFormat, "tokenize", refusing)
-    file = rows_file([conversation("q", text) for text in "abxcdxe"])
+    file = rows_file([conversation("q", text) for text in "abZcdZe"])
     with pytest.raises(
         Refused, match=f"2 of 7 rows are bad:\n{file}:3: the tokenizer does not take it\n{file}:6"
     ) as bad:
