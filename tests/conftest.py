@@ -168,7 +168,8 @@ def make_model_dir(
 
     Args:
         kind: `dense` (HunYuanDenseV1), `moe` (HunYuanMoEV1: 4 experts, top-2, one shared expert), `hy_v3` or `hy_v4`
-            (one dense and one MoE layer; Hy4 with a sparse indexer that keeps 8 tokens).
+            (one dense and one MoE layer; Hy4 with a sparse indexer that keeps 8 tokens), `remote` or `remote_cla`
+            (fixtures/hunyuan_remote, as the first A13B and as Large).
         tokenizer_dir: its files are copied; its special tokens are the model's.
         dtype: of the weights on disk, by torch's name.
         tie: whether the head is the embedding.
@@ -205,6 +206,8 @@ def make_model_dir(
         keys |= {"index_topk": 8, "index_head_dim": 32, "index_n_heads": 2}
     keys |= config
     keys.setdefault("head_dim", keys["hidden_size"] // keys["num_attention_heads"])
+    if kind in ("remote", "remote_cla"):
+        return make_remote_dir(kind, keys, tokenizer_dir, out, dtype, seed)
     name = {"dense": "HunYuanDenseV1", "moe": "HunYuanMoEV1", "hy_v3": "HYV3", "hy_v4": "HYV4"}[kind]
     config_class, model_class = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
     with torch.random.fork_rng(devices=[]):
@@ -215,6 +218,60 @@ def make_model_dir(
         if file.is_file() and file.name != "config.json":
             shutil.copyfile(file, Path(out) / file.name)
     return Path(out)
+
+
+def make_remote_dir(kind: str, keys: dict, tokenizer_dir: Path, out: Path, dtype: str, seed: int) -> Path:
+    """A directory with code of its own (fixtures/hunyuan_remote): A13B's architecture, or Large's (top-1, CLA)."""
+    import torch
+    from safetensors.torch import save_file
+
+    out = Path(out)
+    out.mkdir(parents=True)
+    for folder in (tokenizer_dir, TESTS / "fixtures" / "hunyuan_remote"):
+        for file in Path(folder).iterdir():
+            if file.is_file() and file.name != "config.json":
+                shutil.copyfile(file, out / file.name)
+    layers = keys["num_hidden_layers"]
+    moe = {"moe_topk": [2] * layers, "num_shared_expert": [1] * layers, "use_cla": False, "cla_share_factor": 2}
+    if kind == "remote_cla":
+        moe = {"moe_topk": 1, "num_shared_expert": 1, "use_cla": True, "cla_share_factor": 2}
+    rope = {"rope_theta": 10000.0, "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"}}
+    keys = (
+        {"use_qk_norm": True, "num_experts": 4, "use_mixed_mlp_moe": True, "initializer_range": 0.02}
+        | rope
+        | moe
+        | keys
+    )
+    code = {"AutoConfig": "configuration_hunyuan.HunYuanConfig"}
+    code |= {"AutoModelForCausalLM": "modeling_hunyuan.HunYuanMoEV1ForCausalLM"}
+    config = keys | {"model_type": "hunyuan", "architectures": ["HunYuanMoEV1ForCausalLM"], "auto_map": code}
+    config |= {"torch_dtype": dtype, "transformers_version": "4.41.2", "rms_norm_eps": 1e-5}
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+
+    h, f, e, v = keys["hidden_size"], keys["intermediate_size"], keys["num_experts"], keys["vocab_size"]
+    d = h // keys["num_attention_heads"]
+    mlp = {"gate_proj": (f, h), "up_proj": (f, h), "down_proj": (h, f)}
+    shapes = {"model.embed_tokens": (v, h), "model.norm": (h,)}
+    if not keys["tie_word_embeddings"]:
+        shapes["lm_head"] = (v, h)
+    for i in range(layers):
+        layer = {"input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_proj": (h, h)}
+        layer |= {"self_attn.o_proj": (h, h), "self_attn.query_layernorm": (d,), "self_attn.key_layernorm": (d,)}
+        if not keys["use_cla"] or i % keys["cla_share_factor"] == 0:
+            layer |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (d * keys["num_key_value_heads"], h))
+        layer |= {"mlp.gate.wg": (e, h)} | {f"mlp.shared_mlp.{k}": s for k, s in mlp.items()}
+        layer |= {f"mlp.experts.{x}.{k}": s for x in range(e) for k, s in mlp.items()}
+        shapes |= {f"model.layers.{i}.{k}": s for k, s in layer.items()}
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        f"{k}.weight": torch.ones(s)
+        if len(s) == 1
+        else torch.randn(s, generator=generator) * keys["initializer_range"]
+        for k, s in shapes.items()
+    }
+    half = {k: t if ".wg." in k else t.to(getattr(torch, dtype)) for k, t in state.items()}  # the router stays fp32
+    save_file(half, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 @pytest.fixture(scope="session", name="make_model_dir")

@@ -41,6 +41,9 @@ class ModelArguments:
     trust_remote_code: bool | None = yes_no(
         "Run the code that the directory brings. Default: true for a local directory, false for a hub id."
     )
+    model_code: Literal["auto", "native", "remote"] = option(
+        "auto", "auto: transformers' own class where it computes the same model, the directory's code otherwise."
+    )
     use_flash_attn: bool = option(False, "Variable-length FlashAttention, from the flash_attn package (CUDA only).")
     cache_dir: str | None = option(None, "Where models of a hub id are kept once downloaded.")
 

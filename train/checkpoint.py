@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from console import Refused, note
+from console import Refused, note, read_json
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 RUN_FILES = ("checkpoint-*", "*.safetensors*", "config.json", "adapter_config.json", "train*_results.json")
@@ -68,6 +68,45 @@ def set_aside(output_dir: Path) -> None:
         for file in list(output_dir.glob(pattern)):
             file.rename(aside / file.name)
     note(f"--overwrite_output_dir: the earlier run in {output_dir} was moved to {aside}")
+
+
+# ------------------------------------------------------------------------------------------------- going on
+
+
+def take_up(args, training: TrainingArguments) -> str | None:
+    """With --resume_from_checkpoint, take model and tokenizer from there; an adapter's base from its config if none is
+    given.
+
+    Returns the checkpoint's directory, or None.
+    """
+    if training.resume_from_checkpoint is None:
+        if args.use_lora and args.model_name_or_path is None:
+            raise Refused("--use_lora: an adapter needs a model: give --model_name_or_path")
+        return None
+    directory = Path(training.resume_from_checkpoint)
+    state = read_json(directory / "trainer_state.json") if (directory / "trainer_state.json").is_file() else {}
+    if not {"global_step", "log_history"} <= set(state):
+        raise Refused(
+            f"--resume_from_checkpoint {directory}: is not a checkpoint (it has no whole trainer_state.json)"
+        )
+    args.use_lora = (directory / "adapter_config.json").is_file()
+    if not args.use_lora:
+        args.model_name_or_path = str(directory)
+    elif args.model_name_or_path is None:
+        args.model_name_or_path = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+    args.tokenizer_name_or_path = args.tokenizer_name_or_path or str(directory)
+    return str(directory)
+
+
+def check_training_state(directory: str, deepspeed: bool) -> None:
+    """Refuse a checkpoint without the optimiser's state: the Trainer would begin with a fresh one and not say so."""
+    if not any(Path(directory).glob("global_step*" if deepspeed else "optimizer.pt")):
+        raise Refused(
+            f"--resume_from_checkpoint {directory}: holds no optimiser state of a run "
+            f"{'with' if deepspeed else 'without'} DeepSpeed. To begin anew from its weights, give it as "
+            "--model_name_or_path"
+        )
+    note(f"going on from {directory}: weights, optimiser, scheduler, data position and random state")
 
 
 # ------------------------------------------------------------------------------------------------- a finished run

@@ -6,7 +6,6 @@ run, packing where rows would run together.
 
 import importlib.util
 import inspect
-import json
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from transformers import (
 )
 
 from arguments import ModelArguments, TrainingArguments
-from console import Refused, choice, note
+from console import Refused, choice, note, read_json
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 ROWS_RUN_TOGETHER = (
@@ -58,7 +57,13 @@ def check_directory(args: ModelArguments, packing: str = "none") -> None:
             raise Refused(
                 f"--model_name_or_path {path}: is quantised (quantization_config in config.json): train its base"
             )
-        if packing != "none" and "AutoModelForCausalLM" in (config.get("auto_map") or {}) and trusts(args, path):
+        own = "AutoModelForCausalLM" in (config.get("auto_map") or {}) and trusts(args, path)
+        if own and legacy_config(args):
+            from legacy_remote_code import check_code, runs_own_code
+
+            check_code(directory, config["auto_map"])
+            own = runs_own_code(config, args.model_code)
+        if own and packing != "none":
             raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
     check_tokenizer_directory(args)
 
@@ -69,52 +74,19 @@ def check_tokenizer_directory(args: ModelArguments) -> None:
         raise Refused(f"--tokenizer_name_or_path {path}: no such directory")
 
 
-def take_up(args: ModelArguments, training: TrainingArguments) -> str | None:
-    """With --resume_from_checkpoint, take model and tokenizer from there; an adapter's base from its config if none is
-    given.
-
-    Returns the checkpoint's directory, or None.
-    """
-    if training.resume_from_checkpoint is None:
-        if args.use_lora and args.model_name_or_path is None:
-            raise Refused("--use_lora: an adapter needs a model: give --model_name_or_path")
+def legacy_config(args: ModelArguments) -> dict | None:
+    """The config.json of a directory of the 4.41 era (`hunyuan`, with code of its own), or None for any other."""
+    path = args.model_name_or_path
+    if not looks_local(path) or not trusts(args, path):
         return None
-    directory = Path(training.resume_from_checkpoint)
-    state = read_json(directory / "trainer_state.json") if (directory / "trainer_state.json").is_file() else {}
-    if not {"global_step", "log_history"} <= set(state):
-        raise Refused(
-            f"--resume_from_checkpoint {directory}: is not a checkpoint (it has no whole trainer_state.json)"
-        )
-    args.use_lora = (directory / "adapter_config.json").is_file()
-    if not args.use_lora:
-        args.model_name_or_path = str(directory)
-    elif args.model_name_or_path is None:
-        args.model_name_or_path = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
-    args.tokenizer_name_or_path = args.tokenizer_name_or_path or str(directory)
-    return str(directory)
-
-
-def check_training_state(directory: str, deepspeed: bool) -> None:
-    """Refuse a checkpoint without the optimiser's state: the Trainer would begin with a fresh one and not say so."""
-    if not any(Path(directory).glob("global_step*" if deepspeed else "optimizer.pt")):
-        raise Refused(
-            f"--resume_from_checkpoint {directory}: holds no optimiser state of a run "
-            f"{'with' if deepspeed else 'without'} DeepSpeed. To begin anew from its weights, give it as "
-            "--model_name_or_path"
-        )
-    note(f"going on from {directory}: weights, optimiser, scheduler, data position and random state")
+    config = read_json(Path(path) / "config.json")
+    legacy = config.get("model_type") == "hunyuan" and "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    return config if legacy else None
 
 
 def looks_local(path: str) -> bool:
     """Whether a name is meant as a path on this machine and not as `owner/name` on a hub."""
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path}: cannot be read as JSON ({type(error).__name__})") from error
 
 
 def trusts(args: ModelArguments, path: str) -> bool:
@@ -163,15 +135,17 @@ def load_model(
     else:
         note_ignored_architecture(args)
         path = args.model_name_or_path
+        options = {"dtype": load_dtype(args, training), "attn_implementation": attention}
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=load_dtype(args, training),
-                attn_implementation=attention,
-                trust_remote_code=trusts(args, path),
-                cache_dir=args.cache_dir,
-                output_loading_info=True,
-            )
+            if config := legacy_config(args):
+                from legacy_remote_code import from_pretrained
+
+                model, info = from_pretrained(path, config, args.model_code, **options)
+            else:
+                options |= {"trust_remote_code": trusts(args, path), "cache_dir": args.cache_dir}
+                model, info = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
+        except Refused:
+            raise
         except torch.cuda.OutOfMemoryError:
             raise
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
@@ -293,6 +267,13 @@ def takes_supervised_head(model: PreTrainedModel, training: TrainingArguments) -
         why = f"{type(inner).__name__} does not take logits_to_keep"
     choice("logits", "at every position", why)
     return False
+
+
+def accepts_loss_kwargs(model: PreTrainedModel) -> bool:
+    """Whether the model's own loss can be over the whole step: its forward pass takes further arguments."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    parameters = inspect.signature(inner.forward).parameters.values()
+    return any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def number_of_parameters(model: PreTrainedModel, trained: bool = False) -> int:

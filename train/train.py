@@ -22,20 +22,28 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from arguments import note_without_effect, parse_arguments
 from callbacks import Meter, Probe, ProgressLine, StopOnNonFinite
-from checkpoint import Companions, check_output_dir, finish_from, last_step, set_aside, steps_of_run
+from checkpoint import (
+    Companions,
+    check_output_dir,
+    check_training_state,
+    finish_from,
+    last_step,
+    set_aside,
+    steps_of_run,
+    take_up,
+)
 from console import Refused, note
 from data import Collator, Options, load_data
 from model import (
+    accepts_loss_kwargs,
     check_directory,
     check_packing,
-    check_training_state,
     load_model,
     load_tokenizer,
     number_of_parameters,
-    take_up,
     takes_supervised_head,
 )
-from trainer import Trainer
+from trainer import Trainer, mean_loss
 
 
 def main(argv: list[str]) -> None:
@@ -87,6 +95,8 @@ def main(argv: list[str]) -> None:
     callbacks = [StopOnNonFinite()] + ([probe] if probe else [])
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
+    # a class of a directory's own does not take the number of tokens of the whole step
+    own_loss = accepts_loss_kwargs(model) or training_args.label_smoothing_factor
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -94,6 +104,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=evaluation,
         data_collator=collator,
         callbacks=callbacks,
+        compute_loss_func=None if own_loss else mean_loss,
         meter=meter,
         companions=companions,
     )

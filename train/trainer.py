@@ -16,6 +16,14 @@ from data import IGNORE_INDEX, Filled
 TAKES_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
 
 
+def mean_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Cross entropy of the next tokens over the supervised ones of the whole step, for models whose own loss is the
+    mean of their batch alone. `labels` (batch, length)."""
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(outputs.logits.device)
+    total = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (targets.ne(IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
 class GroupedByLength(LengthGroupedSampler):
     """Another order each epoch, by the seed alone: the same on every rank and after a resume."""
 

@@ -1,0 +1,183 @@
+"""Directories with code of transformers 4.41 (Hunyuan-Large, the first A13B): whole buffers, the right loss, the
+base's own shape when saved, and transformers' class where it computes the same."""
+
+import importlib
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import legacy_remote_code
+import reference
+from conftest import TESTS, make_model_dir
+
+KINDS = ("remote", "remote_cla")
+STEPS, RATE = 4, 1e-3
+
+
+def load(directory, model_code="auto", dtype=torch.float32):
+    config = json.loads((directory / "config.json").read_text())
+    return legacy_remote_code.from_pretrained(str(directory), config, model_code, dtype=dtype)[0]
+
+
+def built_on_the_cpu(directory):
+    """The class as a 4.41 program gets it: built on the CPU, the file's tensors put in. No from_pretrained."""
+    legacy_remote_code.bring_back_imports()
+    sys.path.insert(0, str(TESTS / "fixtures"))
+    try:
+        code = importlib.import_module("hunyuan_remote.modeling_hunyuan")
+    finally:
+        sys.path.pop(0)
+    code.HunYuanMoEV1ForCausalLM._tied_weights_keys = None
+    config = json.loads((directory / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in ("model_type", "auto_map", "architectures")}
+    model = code.HunYuanMoEV1ForCausalLM(code.HunYuanConfig(**kept, attn_implementation="eager"))
+    state = load_file(directory / "model.safetensors")
+    model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.use_cache = False
+    return model.float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_buffer_is_what_the_class_computes(kind, dtype, model_dir, example_tokenizer_dir):
+    directory = model_dir(kind, example_tokenizer_dir, num_hidden_layers=5)
+    models = load(directory, "remote", dtype), built_on_the_cpu(directory)
+    ours, theirs = (dict(model.named_buffers(remove_duplicate=False)) for model in models)
+    assert ours.keys() == theirs.keys() and len(ours) == 15
+    for name, buffer in ours.items():
+        assert torch.equal(buffer.float(), theirs[name].to(buffer.dtype).float()), name
+        assert buffer.dtype == (torch.float32 if name.endswith("inv_freq") else dtype)
+
+
+def test_transformers_class_computes_the_same_where_nothing_is_dropped(model_dir, example_tokenizer_dir):
+    """Two tokens: no expert is over its capacity. With more, the old router drops some and the logits differ."""
+    directory = model_dir("remote", example_tokenizer_dir, initializer_range=0.2)
+    native, remote = load(directory, "auto").eval(), load(directory, "remote").eval()
+    assert type(native).__module__.startswith("transformers.models.hunyuan_v1_moe")
+    ids = torch.randint(10, 300, (30, 2), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for pair in ids:
+            difference = native(pair[None], use_cache=False).logits - remote(pair[None]).logits
+            assert difference.abs().max() < 1e-4
+        long = ids.reshape(1, -1)
+        assert (native(long, use_cache=False).logits - remote(long).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, None),
+        ({"use_cla": True}, "cross-layer attention"),
+        ({"moe_topk": [1, 1]}, "a top-1 router"),
+        ({"moe_topk": [2, 1]}, "layers with different experts"),
+        ({"use_qk_norm": False}, "not normalised"),
+        ({"num_shared_expert": [2, 2]}, "more than one shared"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": None}}, "other rotary scaling"),
+        ({"rope_scaling": None}, None),
+        ({"num_experts": 1}, None),
+    ],
+)
+def test_which_models_transformers_classes_compute(change, why, model_dir, example_tokenizer_dir):
+    config = json.loads((model_dir("remote", example_tokenizer_dir) / "config.json").read_text()) | change
+    found = legacy_remote_code.not_native(config)
+    assert found is None if why is None else why in found
+
+
+WAYS = {  # name: (flags, ranks)
+    "one": (["--gradient_accumulation_steps", 2], 1),
+    "checkpointing": (["--gradient_accumulation_steps", 2, "--gradient_checkpointing"], 1),
+    "zero2": (["--deepspeed", "ds_zero2_no_offload.json"], 2),
+    "zero3": (["--deepspeed", "ds_zero3_no_offload.json", "--make_moe_param_leaf_module"], 2),
+}
+CASES = [
+    pytest.param(kind, way, marks=[pytest.mark.needs_gxx] if way.startswith("zero") else [])
+    for kind, way in [("remote_cla", "one"), ("remote", "checkpointing"), ("remote", "zero2"), ("remote_cla", "zero3")]
+]
+
+
+@pytest.mark.parametrize(("kind", "way"), CASES)
+def test_losses_are_those_of_the_class_built_on_the_cpu(
+    kind, way, model_dir, example_tokenizer_dir, example_rows, run_train, losses, tmp_path
+):
+    """Micro-batches of four rows, two a step, whatever the way: the router's capacity depends on them."""
+    directory, (flags, ranks) = model_dir(kind, example_tokenizer_dir), WAYS[way]
+    args = ["--model_name_or_path", directory, "--model_code", "remote", "--train_data_file", example_rows]
+    args += ["--output_dir", tmp_path / "out", "--max_steps", STEPS, "--logging_steps", 1, "--learning_rate", RATE]
+    args += ["--per_device_train_batch_size", 4, "--save_strategy", "no", *flags]
+    run = run_train(args, launcher="torchrun" if ranks > 1 else "python", nproc=ranks)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "model code = the directory's own" in run.stdout
+
+    model = built_on_the_cpu(directory).train()
+    tokenizer = AutoTokenizer.from_pretrained(example_tokenizer_dir)
+    rows = reference.encode_rows(example_rows, tokenizer)
+    order = reference.trainer_order(len(rows), 42, ranks, 4, 2 // ranks, STEPS)
+    optimizer, expected = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0), []
+    for number, step in enumerate(order):
+        batches = [reference.pad([rows[i] for i in micro_batch], tokenizer.pad_token_id) for micro_batch in step]
+        counts = [int((batch["labels"][:, 1:] != reference.IGNORED).sum()) for batch in batches]
+        loss = sum(model(**batch).loss * count / sum(counts) for batch, count in zip(batches, counts))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = RATE * (STEPS - number) / STEPS
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    difference = max(abs(a - b) for a, b in zip(losses(tmp_path / "out"), expected, strict=True))
+    print(f"{kind} {way}: largest difference {difference:.1e}")
+    assert difference <= 1e-5
+
+    base, out = json.loads((directory / "config.json").read_text()), tmp_path / "out"
+    assert json.loads((out / "config.json").read_text()) == base
+    assert (out / "modeling_hunyuan.py").read_bytes() == (directory / "modeling_hunyuan.py").read_bytes()
+    saved, given = load_file(out / "model.safetensors"), load_file(directory / "model.safetensors")
+    assert {k: t.shape for k, t in saved.items()} == {k: t.shape for k, t in given.items()}
+    assert load(out, "remote").model.norm.weight.equal(saved["model.norm.weight"])
+
+
+def test_what_is_saved_is_the_bases_own_shape_when_transformers_class_trains(
+    model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path
+):
+    directory, out = model_dir("remote", example_tokenizer_dir), tmp_path / "out"
+    args = ["--model_name_or_path", directory, "--train_data_file", example_rows, "--output_dir", out]
+    run = run_train([*args, "--max_steps", 1, "--packing", "batch"])
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "model code = transformers' HunYuanMoEV1 (it computes the same model, faster)" in run.stdout
+    assert json.loads((out / "config.json").read_text()) == json.loads((directory / "config.json").read_text())
+    saved, given = load_file(out / "model.safetensors"), load_file(directory / "model.safetensors")
+    assert {k: t.shape for k, t in saved.items()} == {k: t.shape for k, t in given.items()}
+
+
+def test_an_adapter_on_a_directorys_own_code(model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path):
+    directory = model_dir("remote_cla", example_tokenizer_dir)
+    args = ["--model_name_or_path", directory, "--train_data_file", example_rows, "--output_dir", tmp_path / "out"]
+    run = run_train([*args, "--max_steps", 2, "--use_lora", "--gradient_checkpointing"])
+    assert run.returncode == 0, run.stderr[-3000:]
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    # two projections of the layer that shares keys and values, four of the other
+    assert len(adapter) == 12 and any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "says"),
+    [
+        ("modeling_hunyuan.py", [], "its code needs modeling_hunyuan.py, which is not there"),
+        ("configuration_hunyuan.py", [], "its code needs configuration_hunyuan.py, which is not there"),
+        (None, ["--model_code", "native"], "--model_code native: transformers' classes do not compute this model"),
+        (None, ["--packing", "batch"], "--packing batch: the model is code that its directory brings"),
+    ],
+)
+def test_refused(spoil, flags, says, example_tokenizer_dir, example_rows, run_train, tmp_path):
+    directory = make_model_dir("remote_cla", example_tokenizer_dir, tmp_path / "model")
+    if spoil:
+        (directory / spoil).unlink()
+    args = ["--model_name_or_path", directory, "--train_data_file", example_rows, "--output_dir", tmp_path / "out"]
+    run = run_train([*args, *flags])
+    assert run.returncode == 2 and says in run.stderr and "Traceback" not in run.stderr, run.stderr
+    shutil.rmtree(directory)
