@@ -30,7 +30,7 @@ WARNINGS = {
     "thinking_left_out": "assistant turns whose thinking the template leaves out",
     "text_left_out": "messages whose text the template leaves out",
     "without_end": "assistant turns that the template ends with no token of its own: the model does not learn to stop",
-    "tools_left_out": "rows with tools, which the template leaves out",
+    "tools_left_out": "times tools or tool calls are left out by the template (some render calls only beside tools)",
 }
 
 
@@ -252,6 +252,8 @@ class ChatFormat:
             own, answer = spoken[i].thinking, spoken[i].answer.strip()
             counts["thinking_left_out"] += bool(own) and own.strip() not in said[start:]
             counts["text_left_out"] += bool(answer) and answer not in said[start:]
+            called = [call["function"] for call in messages[i].get("tool_calls") or [] if "function" in call]
+            counts["tools_left_out"] += any(f["name"] not in said[start:] for f in called)
         for message in messages:
             given = message["role"] != "assistant" and message["content"].strip()
             counts["text_left_out"] += bool(given) and given not in whole

@@ -377,6 +377,7 @@ def test_warnings_are_counted(format_tokenizer, shared):
         ("hy", {"messages": [user("q"), call("f"), tool("result"), said("b")]}, "text_left_out"),
         ("hy", {"messages": [user("q"), so, tool("r")], **TOOLS}, "text_left_out"),
         ("mt", {"messages": [user("q"), said("b")], **TOOLS}, "tools_left_out"),
+        ("hy", {"messages": [user("q"), call("get_f"), tool("r")]}, "tools_left_out"),
     ):
         counts = encode(format_tokenizer(name), row)[1].counts
         assert counts[kind] == 1, (name, kind, counts)
