@@ -252,8 +252,9 @@ class ChatFormat:
             own, answer = spoken[i].thinking, spoken[i].answer.strip()
             counts["thinking_left_out"] += bool(own) and own.strip() not in said[start:]
             counts["text_left_out"] += bool(answer) and answer not in said[start:]
-            called = [call["function"] for call in messages[i].get("tool_calls") or [] if "function" in call]
-            counts["tools_left_out"] += any(f["name"] not in said[start:] for f in called)
+            called = [call.get("function") for call in messages[i].get("tool_calls") or []]
+            names = [str(function.get("name", "")) for function in called if isinstance(function, dict)]
+            counts["tools_left_out"] += any(name not in said[start:] for name in names)
         for message in messages:
             given = message["role"] != "assistant" and message["content"].strip()
             counts["text_left_out"] += bool(given) and given not in whole
