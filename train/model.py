@@ -6,6 +6,7 @@ run, packing where rows would run together.
 
 import importlib.util
 import inspect
+import re
 from pathlib import Path
 
 import torch
@@ -21,6 +22,10 @@ from arguments import ModelArguments, TrainingArguments
 from console import Refused, choice, note, read_json
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# What from_pretrained says of weights, and the names of those that do no harm: missing and mismatched ones would be
+# trained from random values, unexpected ones would be lost when saving. A tied head may stand in the file as well
+# (ZeRO-2 writes it), and old files hold the rotary frequencies, which are computed.
+NOT_WHOLE = {"mismatched": r"$^", "missing": r"$^", "unexpected": r"^lm_head\.weight$|rotary_emb\.inv_freq$"}
 ROWS_RUN_TOGETHER = (
     "the model is code that its directory brings, which does not keep packed rows apart. Leave --packing out, or pass "
     "--trust_remote_code false where transformers knows the model"
@@ -136,6 +141,7 @@ def load_model(
         note_ignored_architecture(args)
         path = args.model_name_or_path
         options = {"dtype": load_dtype(args, training), "attn_implementation": attention}
+        options |= {"ignore_mismatched_sizes": True}  # they are refused below, with their names
         try:
             if config := legacy_config(args):
                 from legacy_remote_code import from_pretrained
@@ -150,8 +156,11 @@ def load_model(
             raise
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise Refused(f"--model_name_or_path {path}: does not load: {first_line(error)}") from error
-        if missing := sorted(info["missing_keys"]):  # they would be trained from random values
-            raise Refused(f"--model_name_or_path {path}: {len(missing)} weights are missing: {', '.join(missing[:5])}")
+        for kind, harmless in NOT_WHOLE.items():
+            found = (name if isinstance(name, str) else name[0] for name in info[f"{kind}_keys"])
+            if names := sorted(name for name in found if not re.search(harmless, name)):
+                listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+                raise Refused(f"--model_name_or_path {path}: {len(names)} weights are {kind}: {listed}")
     choice("attention", model.config._attn_implementation, "--use_flash_attn" if attention else "the model's default")
     if args.use_lora:
         model = add_adapter(model, args, resume)
