@@ -7,6 +7,7 @@ file or DeepSpeed file that does not parse, a device that torch cannot use, a De
 import difflib
 import json
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -72,6 +73,12 @@ class ModelArguments:
     lora_rank: int = option(64, "Rank of the adapter.")
     lora_alpha: int = option(128, "The adapter's output is scaled by alpha / rank.")
     lora_dropout: float = option(0.0, "Dropout on the adapter's input, from 0 to 1.")
+    lora_target_modules: list[str] | None = option(
+        None, "Names of modules, all-linear, shared_mlp or experts. Default: the attention's projections."
+    )
+    use_rslora: bool = option(False, "Scale the adapter by alpha / sqrt(rank) (rsLoRA).")
+    use_dora: bool = option(False, "Train the magnitudes of the weights' columns beside the adapter (DoRA).")
+    trainable_params: str | None = option(None, "Regular expression: train the parameters whose names it is found in.")
     train_attention_params_only: bool = option(False, "Train the attention layers and nothing else.")
     make_moe_param_leaf_module: bool = option(
         False, "Under ZeRO-3, gather an MoE layer's parameters at once (for experts that only some ranks use)."
@@ -86,6 +93,13 @@ class ModelArguments:
         at_least(self, 1, "hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "lora_rank")
         at_least(self, 1, "num_experts", "moe_topk", "model_max_length", "lora_alpha", "vocab_size")
         at_least(self, 1, "num_key_value_heads", "max_position_embeddings")
+        if self.trainable_params is not None:
+            if self.use_lora or self.train_attention_params_only:
+                raise Refused("--trainable_params: not beside --use_lora or --train_attention_params_only")
+            try:
+                re.compile(self.trainable_params)
+            except re.error as error:
+                raise Refused(f"--trainable_params {self.trainable_params}: {error}") from error
         if not 0 <= self.lora_dropout < 1:
             raise Refused(f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
 

@@ -145,6 +145,7 @@ def plan_updates(adapter: Path, tensors: dict[str, Stored], tied: bool) -> tuple
     Fused experts would come in here: one module, and for each expert's tensor an Update with its slices of A and B.
     """
     settings, file = read_json(adapter / "adapter_config.json"), open_tensors(adapter / "adapter_model.safetensors")
+    settings["target_parameters"] = [p for p in settings.get("target_parameters") or [] if not p.endswith(".weight")]
     beyond = [key for key in BEYOND_LORA if settings.get(key)]
     beyond += ["init_lora_weights"] if settings.get("init_lora_weights", True) not in PLAIN_INITS else []
     if beyond:

@@ -30,7 +30,6 @@ ROWS_RUN_TOGETHER = (
     "the model is code that its directory brings, which does not keep packed rows apart. Leave --packing out, or pass "
     "--trust_remote_code false where transformers knows the model"
 )
-ATTENTION_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 # ---------------------------------------------------------------------------------------------- directories, tokenizer
@@ -163,12 +162,13 @@ def load_model(
                 raise Refused(f"--model_name_or_path {path}: {len(names)} weights are {kind}: {listed}")
     choice("attention", model.config._attn_implementation, "--use_flash_attn" if attention else "the model's default")
     if args.use_lora:
+        from lora import add_adapter
+
         model = add_adapter(model, args, resume)
         if args.train_attention_params_only:
             note("--train_attention_params_only has no effect: with --use_lora only the adapter is trained")
-    elif args.train_attention_params_only:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = ".self_attn." in name
+    else:
+        freeze(model, args)
     if args.make_moe_param_leaf_module:
         mark_moe_leaves(model, training)
     return model
@@ -226,23 +226,18 @@ def check_flash_attention(training: TrainingArguments) -> None:
 # -------------------------------------------------------------------------------------------------- what is trained
 
 
-def add_adapter(model: PreTrainedModel, args: ModelArguments, resume: str | None) -> PreTrainedModel:
-    """Freeze the model and put a LoRA adapter on its attention projections (or take up the one in `resume`)."""
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    if resume is not None:
-        return PeftModel.from_pretrained(model, resume, is_trainable=True)
-    config = LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=ATTENTION_TARGETS,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, config)
-    if looks_local(args.model_name_or_path):  # the adapter is used from any directory
-        model.peft_config["default"].base_model_name_or_path = str(Path(args.model_name_or_path).resolve())
-    return model
+def freeze(model: PreTrainedModel, args: ModelArguments) -> None:
+    """Freeze what is not trained: all but what the flags say, and what gets no gradient (Hy4's indexer)."""
+    pattern = r"\.self_attn\." if args.train_attention_params_only else args.trainable_params or ""
+    trained = [name for name, _ in model.named_parameters() if re.search(pattern, name) and ".indexer." not in name]
+    if not trained:
+        raise Refused(
+            f"--trainable_params {pattern}: no parameter's name matches, e.g. {next(model.named_parameters())[0]}"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in trained
+    if pattern:
+        choice("trained", f"{len(trained)} tensors", f"their names match {pattern}")
 
 
 def mark_moe_leaves(model: PreTrainedModel, training: TrainingArguments) -> None:

@@ -56,6 +56,24 @@ def test_lora_leaves_the_model_as_it_is_and_adapts_the_attention(
     assert config["base_model_name_or_path"] == str(base.resolve())
 
 
+def test_trainable_params_are_those_that_the_expression_finds(
+    model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path
+):
+    """On Hy4, whose indexer gets no gradient and is never trained."""
+    base = model_dir("hy_v4", example_tokenizer_dir)
+    more = ["--trainable_params", r"layers\.1\.(self_attn|mlp\.experts)|^model\.norm", "--weight_decay", 0.1]
+    run = run_train(flags(base, example_rows, tmp_path / "o", *more))
+    assert run.returncode == 0, run.stderr[-3000:]
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "o" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    found = {
+        n for n in before if ".layers.1.self_attn" in n or ".layers.1.mlp.experts" in n or n == "model.norm.weight"
+    }
+    assert changed == {name for name in found if ".indexer." not in name} and len(changed) > 10
+    run = run_train(flags(base, example_rows, tmp_path / "p", "--trainable_params", "nothing_like_it"))
+    assert run.returncode == 2 and "--trainable_params nothing_like_it: no parameter's name matches" in run.stderr
+
+
 RELOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,0 +1,107 @@
+"""Where a LoRA adapter is put: `--lora_target_modules`, meaning the same on every class.
+
+PEFT left to itself does not do that. On hunyuan_v1_moe it takes `gate_proj`, `up_proj` and `down_proj` for the fused
+experts, however they are written, and a name that matches only some of what it says is accepted without a word. So
+targets are found here, module by module, and handed over in the form that lands on them.
+
+Refused: a name that no module has, experts with dropout or DoRA, which PEFT cannot do on fused weights.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from console import Refused, choice
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LATENT_ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]  # hy_v4
+REWRITTEN = ("gate_proj", "up_proj", "down_proj", "gate")  # what PEFT turns into the fused experts on hunyuan_v1_moe
+FUSED = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def kind_of(name: str) -> str:
+    """What part of the model a linear module belongs to, by its place."""
+    for kind, part in (
+        ("indexer", ".indexer."),  # gets no gradient
+        ("routed experts", ".mlp.experts."),
+        ("shared experts", ".shared_mlp."),
+        ("shared experts", ".shared_experts."),
+        ("router", ".mlp.gate."),
+        ("router", ".router."),
+        ("attention", ".self_attn."),
+        ("MLP", ".mlp."),
+    ):
+        if part in f".{name}.":
+            return kind
+    return "head"
+
+
+def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> tuple[set[str], bool]:
+    """(names of the linear modules to adapt, whether the fused experts are adapted).
+
+    Args:
+        wanted: names, `all-linear`, `shared_mlp`, `experts`; None: the attention's projections.
+    """
+    kinds = {name: kind_of(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    fused = any(name.endswith(FUSED) for name, _ in model.named_parameters())
+    names, experts = set(), False
+    if wanted is None:
+        wanted = LATENT_ATTENTION if any(name.endswith(".kv_b_proj") for name in kinds) else ATTENTION
+    for target in wanted:
+        if target == "all-linear":
+            found = {n for n, kind in kinds.items() if kind in ("attention", "shared experts", "MLP")}
+        elif target == "shared_mlp":
+            found = {n for n, kind in kinds.items() if kind == "shared experts"}
+        elif target == "experts":
+            found, experts = {n for n, kind in kinds.items() if kind == "routed experts"}, fused
+        else:
+            free = (n for n, kind in kinds.items() if kind not in ("routed experts", "router", "indexer"))
+            found = {n for n in free if n == target or n.endswith(f".{target}")}
+        if not found and not (target == "experts" and fused):
+            there = sorted({n.rpartition(".")[2] for n, kind in kinds.items() if kind not in ("router", "indexer")})
+            raise Refused(f"--lora_target_modules {target}: no such module; there are {', '.join(there)}")
+        names |= found
+    counts = Counter(kinds[name] for name in names)
+    if experts:
+        counts["layers of fused experts"] = sum(name.endswith(FUSED[0]) for name, _ in model.named_parameters())
+    choice("LoRA", ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())), " ".join(wanted))
+    return names, experts
+
+
+def in_short(names: set[str], all_names: set[str]) -> list[str]:
+    """The names' last parts where these stand for no other module, else the names."""
+    short = {name.rpartition(".")[2] for name in names}
+    return sorted(short if {n for n in all_names if n.rpartition(".")[2] in short} == names else names)
+
+
+def add_adapter(model: PreTrainedModel, args, resume: str | None) -> PreTrainedModel:
+    """Freeze the model and put an adapter on it, or take up the one in `resume`."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if resume is not None:
+        return PeftModel.from_pretrained(model, resume, is_trainable=True)
+    names, experts = find_targets(model, args.lora_target_modules)
+    # a weight by its own name is left alone
+    rewritten = {n for n in names if model.config.model_type == "hunyuan_v1_moe" and n.rpartition(".")[2] in REWRITTEN}
+    parameters = [f"{name}.weight" for name in sorted(rewritten)] + (list(FUSED) if experts else [])
+    for wrong, flag in ((args.lora_dropout, "--lora_dropout"), (args.use_dora, "--use_dora")):
+        if parameters and wrong:
+            what = "experts" if experts else "shared_mlp, on this class,"
+            raise Refused(f"{flag}: PEFT cannot do it on {what}: leave it out, or them")
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        target_modules=in_short(names - rewritten, {name for name, _ in model.named_modules()}),
+        target_parameters=parameters or None,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    base = Path(args.model_name_or_path)
+    if base.is_dir():  # the adapter is used from any directory
+        model.peft_config["default"].base_model_name_or_path = str(base.resolve())
+    return model
