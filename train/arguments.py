@@ -182,9 +182,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.lr_scheduler_type in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
             own = self.lr_scheduler_kwargs or {}
             own = json.loads(own) if isinstance(own, str) else dict(own)
-            if (
-                "min_lr_rate" not in own
-            ):  # a rate: under ZeRO-3 the absolute one asks the optimiser for what it has not
+            if "min_lr_rate" not in own:
+                # a rate: under ZeRO-3 the absolute one asks the optimiser for what it has not
                 own["min_lr_rate"] = own.pop("min_lr", self.min_lr) / (self.learning_rate or 1)
             self.lr_scheduler_kwargs = own
         super().__post_init__()

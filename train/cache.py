@@ -5,7 +5,6 @@ changed is not tokenized again, what has changed is. Ranks wait for one another 
 An entry appears whole, by a rename; what an interrupted pass leaves behind is removed by the next.
 """
 
-import ctypes
 import gc
 import hashlib
 import inspect
@@ -32,6 +31,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from console import Refused
+from launch import die_with_parent
 from rows import Report, Unreadable, read_lines
 
 CHUNK = 2**19  # bytes of rows that are tokenized at a time
@@ -49,15 +49,14 @@ def tokenized(file: Path, parts: list[str], encode: Encode, workers: int) -> tup
     """What `encode` makes of the file's lines, and what it found: from the cache, or by one pass.
 
     Args:
-        parts: beside the file's content and the code, what decides about the result.
+        parts: beside the file's content, what decides about the result.
         workers: processes that encode.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hunyuan"
-    code = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in CODE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{digest(str(file.resolve()), *parts)}.lock", poll_interval=0.2):
-            entry = folder / digest(code, content_digest(file, folder), *parts)
+            entry = folder / digest(content_digest(file, folder), *parts)
             with FileLock(f"{entry}.lock", poll_interval=0.2):  # the same content may lie in two places
                 if not entry.is_dir():
                     make_entry(entry, file, encode, workers)
@@ -86,8 +85,8 @@ def digest(*parts: str) -> str:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides how a tokenizer renders and tokenizes: not of where it lies, so that a checkpoint's
-    copy is the same tokenizer."""
+    """A hash of all that decides how a tokenizer renders and tokenizes, this code included: not of where it lies, so
+    that a checkpoint's copy is the same tokenizer."""
     if tokenizer.is_fast:
         vocabulary = tokenizer.backend_tokenizer.to_str()
     else:
@@ -96,7 +95,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     files = [Path(v) for k, v in sorted(tokenizer.init_kwargs.items()) if k.endswith("_file") and isinstance(v, str)]
     code = Path(inspect.getsourcefile(type(tokenizer)))
     files += sorted(code.parent.glob("*.py")) if "transformers_modules" in code.parts else []
-    contents = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if not tokenizer.is_fast and f.is_file()]
+    files = CODE + ([] if tokenizer.is_fast else [file for file in files if file.is_file()])
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     versions = [version(name) for name in ("transformers", "tokenizers", "jinja2", "tiktoken")]
     return digest(vocabulary, repr(tokenizer.chat_template), repr(sorted(kept.items())), *contents, *versions)
 
@@ -211,7 +211,7 @@ def begin_worker(encode: Encode) -> None:
     global _encode
     _encode = encode
     gc.freeze()  # what the parent has imported is not searched for garbage again and again
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

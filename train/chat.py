@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from console import Refused
-from merge_lora_weight import INDEX, Parser, newest, read_json
+from console import Refused, read_json
+from merge_lora_weight import INDEX, Parser, newest
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FILES = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")

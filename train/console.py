@@ -21,8 +21,8 @@ def note(message: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises Refused."""
+    """The object in a json file; refuses one that is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path}: cannot be read as JSON ({type(error).__name__})") from error
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise Refused(f"{path}: not a readable json object: {error}") from None

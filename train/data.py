@@ -26,6 +26,8 @@ from console import Refused, note
 from rows import CONVERTERS, SHOWN, BadRow, Report, data_files, parse_row
 
 IGNORE_INDEX = -100  # the label of a token that is not supervised
+
+
 # -------------------------------------------------------------------------------------------------------------- tokens
 
 

@@ -132,7 +132,7 @@ def bring_back_imports() -> None:
 
 
 def fill_buffers(model: PreTrainedModel) -> None:
-    """Give every non-persistent buffer the value that its class computes on the CPU, and make sure of it.
+    """Give every non-persistent buffer the value that its class computes on the CPU.
 
     The class is built a second time, with real buffers and weights without memory, and as few layers as differ. Goes
     when from_pretrained computes such buffers itself.

@@ -4,7 +4,6 @@ import glob
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import transformers
 
 from console import Refused, choice
+from launch import free_port
 
 HERE = Path(__file__).resolve().parent
 
@@ -81,7 +81,5 @@ def join_the_others(args: transformers.TrainingArguments) -> None:
             raise Refused("MASTER_ADDR is not set: under srun on several nodes export the first node's name")
         os.environ.setdefault("MASTER_PORT", "29500")
     elif args.deepspeed:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(free_port())

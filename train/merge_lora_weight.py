@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from console import Refused, choice
+from console import Refused, choice, read_json
 
 OUTPUT_ROOT = Path(__file__).resolve().parent / "output"
 INDEX = "model.safetensors.index.json"
@@ -90,14 +90,6 @@ def newest(files: tuple[str, ...]) -> Path | None:
                 found.append(max((file.stat().st_mtime, file.parent) for file in there))
                 break
     return max(found)[1] if found else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a json file; refuses one that is missing or damaged."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise Refused(f"{path}: not a readable json object: {error}") from None
 
 
 def open_tensors(path: Path) -> Any:

@@ -26,6 +26,7 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # trained from random values, unexpected ones would be lost when saving. A tied head may stand in the file as well
 # (ZeRO-2 writes it), and old files hold the rotary frequencies, which are computed.
 NOT_WHOLE = {"mismatched": r"$^", "missing": r"$^", "unexpected": r"^lm_head\.weight$|rotary_emb\.inv_freq$"}
+LEGACY = "hunyuan"  # model_type of Hunyuan-Large and the first A13B
 ROWS_RUN_TOGETHER = (
     "the model is code that its directory brings, which does not keep packed rows apart. Leave --packing out, or pass "
     "--trust_remote_code false where transformers knows the model"
@@ -62,7 +63,7 @@ def check_directory(args: ModelArguments, packing: str = "none") -> None:
                 f"--model_name_or_path {path}: is quantised (quantization_config in config.json): train its base"
             )
         own = "AutoModelForCausalLM" in (config.get("auto_map") or {}) and trusts(args, path)
-        if own and legacy_config(args):
+        if own and config.get("model_type") == LEGACY:
             from legacy_remote_code import check_code, runs_own_code
 
             check_code(directory, config["auto_map"])
@@ -79,12 +80,12 @@ def check_tokenizer_directory(args: ModelArguments) -> None:
 
 
 def legacy_config(args: ModelArguments) -> dict | None:
-    """The config.json of a directory of the 4.41 era (`hunyuan`, with code of its own), or None for any other."""
+    """The config.json of a directory of the 4.41 era, with code of its own, or None for any other."""
     path = args.model_name_or_path
     if not looks_local(path) or not trusts(args, path):
         return None
     config = read_json(Path(path) / "config.json")
-    legacy = config.get("model_type") == "hunyuan" and "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    legacy = config.get("model_type") == LEGACY and "AutoModelForCausalLM" in (config.get("auto_map") or {})
     return config if legacy else None
 
 
@@ -176,8 +177,7 @@ def load_model(
 
 def check_packing(model: PreTrainedModel, packing: str) -> None:
     """Refuse packing where attention would run across rows: transformers' own classes tell them by `position_ids`."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    if packing != "none" and not type(inner).__module__.startswith("transformers.models."):
+    if packing != "none" and not type(without_adapter(model)).__module__.startswith("transformers.models."):
         raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
 
 
@@ -229,7 +229,7 @@ def check_flash_attention(training: TrainingArguments) -> None:
 def freeze(model: PreTrainedModel, args: ModelArguments) -> None:
     """Freeze what is not trained: all but what the flags say, and what gets no gradient (Hy4's indexer)."""
     pattern = r"\.self_attn\." if args.train_attention_params_only else args.trainable_params or ""
-    trained = [name for name, _ in model.named_parameters() if re.search(pattern, name) and ".indexer." not in name]
+    trained = {name for name, _ in model.named_parameters() if re.search(pattern, name) and ".indexer." not in name}
     if not trained:
         raise Refused(
             f"--trainable_params {pattern}: no parameter's name matches, e.g. {next(model.named_parameters())[0]}"
@@ -255,6 +255,10 @@ def mark_moe_leaves(model: PreTrainedModel, training: TrainingArguments) -> None
     choice("ZeRO-3 leaf modules", ", ".join(sorted(cls.__name__ for cls in layers)), "--make_moe_param_leaf_module")
 
 
+def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def takes_supervised_head(model: PreTrainedModel, training: TrainingArguments) -> bool:
     """Whether the head can run at the supervised positions alone: the model takes `logits_to_keep` and hands
     `shift_labels` to its loss.
@@ -264,7 +268,7 @@ def takes_supervised_head(model: PreTrainedModel, training: TrainingArguments) -
     if training.label_smoothing_factor or training.use_liger_kernel:
         why = "--label_smoothing_factor" if training.label_smoothing_factor else "--use_liger_kernel"
     else:
-        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        inner = without_adapter(model)
         accepted = inspect.signature(inner.forward).parameters
         if {"logits_to_keep", "kwargs"} <= set(accepted):
             return True
@@ -275,8 +279,7 @@ def takes_supervised_head(model: PreTrainedModel, training: TrainingArguments) -
 
 def accepts_loss_kwargs(model: PreTrainedModel) -> bool:
     """Whether the model's own loss can be over the whole step: its forward pass takes further arguments."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    parameters = inspect.signature(inner.forward).parameters.values()
+    parameters = inspect.signature(without_adapter(model).forward).parameters.values()
     return any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
 

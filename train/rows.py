@@ -232,6 +232,7 @@ def check_row(row: object) -> None:
 
 
 def check_message(message: object, where: str) -> None:
+    """Raise BadRow, which names `where`, unless it is a message of a known role with content that is a text."""
     if not isinstance(message, dict):
         raise BadRow(f"{where} is not an object")
     if {"from", "value"} <= set(message):

@@ -18,6 +18,7 @@ WIDTH = 50  # characters of the longest bar
 
 
 def main(argv: list[str]) -> None:
+    """Print what the arguments ask for. Exit code 2 with one message where that is refused."""
     parser = argparse.ArgumentParser("data.py", description=__doc__.split(". The")[0])
     parser.add_argument("--model", required=True, help="directory of the model or tokenizer")
     parser.add_argument("--file", required=True, nargs="+", help="jsonl files or globs, plain or .gz")
@@ -47,6 +48,7 @@ def main(argv: list[str]) -> None:
 
 
 def load(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory, its own code included. Raises Refused."""
     if not Path(path).is_dir():
         raise Refused(f"--model {path}: no such directory")
     try:

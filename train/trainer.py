@@ -82,6 +82,7 @@ class Trainer(transformers.Trainer):
         return loss.nan_to_num(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """The Trainer's, with the loss as the mean over all supervised tokens of all ranks. All ranks must call."""
         self.evaluated = torch.zeros(2, dtype=torch.float64)
         average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
