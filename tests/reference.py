@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 IGNORED = -100
 Batch = dict[str, torch.Tensor]
@@ -105,6 +106,7 @@ def train(
     max_seq_length: int = 4096,
     max_grad_norm: float = 1.0,
     save_to: Path | None = None,
+    router_aux_loss_coef: float = 0.0,
 ) -> list[float]:
     """Trains in fp32 and returns the loss of each step, before its update.
 
@@ -116,6 +118,7 @@ def train(
         learning_rate: from the step's number, counted from 0.
         max_grad_norm: the gradient's norm is clipped to this; 0 for none.
         save_to: directory for the trained weights.
+        router_aux_loss_coef: weight of the micro-batches' mean load-balancing loss, by transformers' function.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir, trust_remote_code=True)
     rows = encode_rows(rows_file, tokenizer, max_seq_length)
@@ -131,7 +134,13 @@ def train(
         step_loss = 0.0
         for batch, count in zip(batches, counts, strict=True):
             if count:
-                loss = model(**batch, use_cache=False).loss * (count / sum(counts))
+                output = model(**batch, use_cache=False, output_router_logits=bool(router_aux_loss_coef))
+                loss = output.loss * (count / sum(counts))
+                if router_aux_loss_coef:
+                    experts, k = model.config.num_local_experts, model.config.num_experts_per_tok
+                    mask = batch["attention_mask"]
+                    balance = load_balancing_loss_func(output.router_logits, experts, k, mask)
+                    loss = loss + router_aux_loss_coef * balance / len(batches)
                 loss.backward()
                 step_loss += loss.item()
         if max_grad_norm:

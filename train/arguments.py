@@ -83,6 +83,9 @@ class ModelArguments:
     make_moe_param_leaf_module: bool = option(
         False, "Under ZeRO-3, gather an MoE layer's parameters at once (for experts that only some ranks use)."
     )
+    router_aux_loss_coef: float = option(
+        0.0, "Weight of the routers' load-balancing loss, which is added to the loss of a mixture of experts."
+    )
 
     # Of older scripts; see old_flags().
     model_size: str | None = option(None, "No effect: the chat format is the tokenizer's own.")
@@ -93,6 +96,7 @@ class ModelArguments:
         at_least(self, 1, "hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "lora_rank")
         at_least(self, 1, "num_experts", "moe_topk", "model_max_length", "lora_alpha", "vocab_size")
         at_least(self, 1, "num_key_value_heads", "max_position_embeddings")
+        at_least(self, 0, "router_aux_loss_coef")
         if self.trainable_params is not None:
             if self.use_lora or self.train_attention_params_only:
                 raise Refused("--trainable_params: not beside --use_lora or --train_attention_params_only")
@@ -245,6 +249,9 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         raise
     except Exception as error:  # what TrainingArguments and DeepSpeed's configuration refuse themselves
         raise Refused(f"{' '.join(str(error).split())} ({type(error).__name__})") from error
+    again = training.activation_checkpointing_kwargs or {}
+    if model.router_aux_loss_coef and training.activation_checkpointing and again.get("use_reentrant"):
+        raise Refused("--router_aux_loss_coef: gets no gradient with use_reentrant in --gradient_checkpointing_kwargs")
     gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     zero3 = training.deepspeed and training.hf_deepspeed_config.is_zero3()
     if zero3 and not model.use_lora and not training.hf_deepspeed_config.get_value(gather):

@@ -9,6 +9,7 @@ Refused (exit code 2): an output directory that holds another run, or that is or
 
 import json
 import math
+import re
 import shutil
 import tempfile
 import time
@@ -19,14 +20,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-from console import Refused, note, read_json
+from console import Refused, choice, note, read_json
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 RUN_FILES = ("checkpoint-*", "*.safetensors*", "config.json", "adapter_config.json", "train*_results.json")
 RUN_FILES += ("trainer_state.json",)
 NOT_COPIED = ("config.json", "README.md", "adapter_config.json", "train_results.json", "trainer_state.json")
-NOT_COPIED += ("log_*.txt", "*.png", "latest", "zero_to_fp32.py", "zero_to_torch.py")
+NOT_COPIED += ("log_*.txt", "*.png", "latest", "zero_to_fp32.py", "zero_to_torch.py", "kept_in_fp32.json")
+CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")  # of Hy3 and Hy4: fp32 in any base
 
 
 # ------------------------------------------------------------------------------------------------- an earlier run
@@ -140,7 +143,7 @@ def finish_from(checkpoint: Path, args: TrainingArguments, companions: "Companio
     adapter = (checkpoint / "adapter_config.json").is_file()
     dtype = torch.float32 if adapter else save_dtype(args)
     for file in weights.glob("*.safetensors"):
-        save_file(cast(load_file(file), dtype, companions.fp32_names), output / file.name, metadata={"format": "pt"})
+        save_file(companions.cast(load_file(file), dtype), output / file.name, metadata={"format": "pt"})
     for name in ("config.json", "adapter_config.json", "model.safetensors.index.json"):
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, output / name)
@@ -160,12 +163,24 @@ def save_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def cast(state: dict[str, torch.Tensor], dtype: torch.dtype, keep_fp32: set[str]) -> dict[str, torch.Tensor]:
-    """Floating-point tensors in `dtype`, but for those of `keep_fp32`, which are fp32."""
-    return {
-        name: value.to(torch.float32 if name in keep_fp32 else dtype) if value.is_floating_point() else value
-        for name, value in state.items()
-    }
+def as_stored(
+    model: PreTrainedModel, state: dict[str, torch.Tensor], base_names: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    """The state by the names of the base's files, its experts fused or one by one as they are there.
+
+    Under ZeRO-3 from_pretrained does not remember which conversions it used; goes when it does.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    if any(name.endswith(".experts.gate_up_proj") for name in base_names):
+        model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
+    return revert_weight_conversion(model, state)
+
+
+def stored_names(model: PreTrainedModel, base_names: frozenset[str]) -> dict[str, str]:
+    """{parameter or buffer: its name in a file}, but for routed experts."""
+    names = [name for name in model.state_dict() if ".experts." not in name]
+    numbered = as_stored(model, {name: torch.tensor(number) for number, name in enumerate(names)}, base_names)
+    return {names[int(number)]: stored for stored, number in numbered.items()}
 
 
 def master_values(model: PreTrainedModel, names: set[str]) -> dict[str, torch.Tensor]:
@@ -187,14 +202,19 @@ class Companions:
     Attributes:
         files: name → content of the tokenizer's and the base's files at their top, weights and config left out.
         config: the base's config.json; None: the config stays as transformers saves it.
-        fp32_names: the tensors that a half-precision base keeps in fp32 (a router, Hy3's correction bias).
         base: the base's directory.
+        names: its tensors.
+        fp32_names: those that stay fp32 in a half-precision directory: what the base keeps so beside weights in half
+            precision (a router), and the correction bias of Hy3 and Hy4.
+        unused: those of next-token-prediction layers, which transformers' classes do not have.
     """
 
     files: dict[str, bytes]
     config: dict | None = None
-    fp32_names: frozenset[str] = frozenset()
     base: Path | None = None
+    names: frozenset[str] = frozenset()
+    fp32_names: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, base: str | None, tokenizer_path: str, tokenizer: PreTrainedTokenizerBase) -> "Companions":
@@ -207,14 +227,32 @@ class Companions:
                 files = beside_weights(Path(folder))
         if base is None or not Path(base).is_dir():
             return cls(files)
-        config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
-        names = set()
-        if (config.get("dtype") or config.get("torch_dtype") or "float32") != "float32":
-            for file in Path(base).glob("*.safetensors"):
-                with safe_open(file, framework="pt") as tensors:
-                    names |= {n for n in tensors.keys() if tensors.get_slice(n).get_dtype() == "F32"}  # noqa: SIM118
+        config, names, fp32 = read_json(Path(base) / "config.json"), set(), set()
+        for file in Path(base).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                names |= set(tensors.keys())
+                fp32 |= {n for n in tensors.keys() if tensors.get_slice(n).get_dtype() == "F32"}  # noqa: SIM118
+        if (Path(base) / "kept_in_fp32.json").is_file():  # a checkpoint of a run without DeepSpeed: all of it is fp32
+            fp32 = set(read_json(Path(base) / "kept_in_fp32.json")["tensors"])
+        elif (config.get("dtype") or config.get("torch_dtype") or "float32") == "float32":
+            fp32 = {name for name in fp32 if name.endswith(CORRECTION_BIAS)}
+        layers = config.get("num_hidden_layers") or math.inf
+        beyond = {name for name in names if name.startswith("model.mtp_layers.")}
+        beyond |= {n for n in names if (layer := re.match(r"model\.layers\.(\d+)\.", n)) and int(layer[1]) >= layers}
+        if beyond:
+            why = "layers for next-token prediction, which the class does not have: saved as the base has them"
+            choice("tensors copied", len(beyond), why)
         # the tokenizer's own files win: --tokenizer_name_or_path may be another directory than the base
-        return cls(beside_weights(Path(base)) | files, config, frozenset(names), Path(base))
+        files = beside_weights(Path(base)) | files
+        return cls(files, config, Path(base), frozenset(names), frozenset(fp32), frozenset(beyond))
+
+    def cast(self, state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Floating-point tensors of a file in `dtype`, but for `fp32_names`, which are fp32, and `unused`."""
+        kept = dict.fromkeys(self.fp32_names, torch.float32)
+        return {
+            name: value.to(kept.get(name, dtype)) if value.is_floating_point() and name not in self.unused else value
+            for name, value in state.items()
+        }
 
     def base_values(self, names: set[str]) -> dict[str, torch.Tensor]:
         """The base's own values of the named tensors."""
@@ -224,10 +262,14 @@ class Companions:
                 values |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
         return values
 
-    def write(self, directory: Path, dtype: torch.dtype | None) -> None:
-        """Put the files beside weights of `dtype`; None for an adapter, which has no config."""
+    def write(self, directory: Path, dtype: torch.dtype | None, masters: bool = False) -> None:
+        """Put the files beside weights of `dtype`; None for an adapter, which has no config. `masters`: the weights
+        are fp32 although the base is not."""
         for name, content in self.files.items():
             (directory / name).write_bytes(content)
+        if masters and self.fp32_names:
+            text = json.dumps({"tensors": sorted(self.fp32_names)}, indent=2) + "\n"
+            (directory / "kept_in_fp32.json").write_text(text, encoding="utf-8")
         if dtype is None:
             return
         config = dict(self.config or json.loads((directory / "config.json").read_text(encoding="utf-8")))

@@ -20,6 +20,7 @@ from transformers import (
 
 from arguments import ModelArguments, TrainingArguments
 from console import Refused, choice, note, read_json
+from router import moe_layers, route_in_fp32
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # What from_pretrained says of weights, and the names of those that do no harm: missing and mismatched ones would be
@@ -161,6 +162,10 @@ def load_model(
             if names := sorted(name for name in found if not re.search(harmless, name)):
                 listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
                 raise Refused(f"--model_name_or_path {path}: {len(names)} weights are {kind}: {listed}")
+    if moe_layers(model):
+        route_in_fp32(model)
+    elif args.router_aux_loss_coef:
+        note("--router_aux_loss_coef has no effect: the model has no routers")
     choice("attention", model.config._attn_implementation, "--use_flash_attn" if attention else "the model's default")
     if args.use_lora:
         from lora import add_adapter
@@ -247,7 +252,7 @@ def mark_moe_leaves(model: PreTrainedModel, training: TrainingArguments) -> None
         return
     from deepspeed.utils import set_z3_leaf_modules
 
-    layers = {type(module) for module in model.modules() if hasattr(module, "experts") and hasattr(module, "gate")}
+    layers = {type(module) for module in moe_layers(model).values()}
     if not layers:
         note("--make_moe_param_leaf_module has no effect: the model has no MoE layers")
         return

@@ -107,6 +107,7 @@ def main(argv: list[str]) -> None:
         compute_loss_func=None if own_loss else mean_loss,
         meter=meter,
         companions=companions,
+        router_aux_loss_coef=model_args.router_aux_loss_coef,
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)

@@ -1,6 +1,7 @@
-"""Hugging Face's Trainer with six things of ours: real tokens are counted, a lowest learning rate holds for every
-scheduler, rows of similar length are found without reading them, an evaluation's loss is the mean over its supervised
-tokens, what is saved follows the precision rule, and each saved directory stands alone."""
+"""Hugging Face's Trainer with seven things of ours: real tokens are counted, a lowest learning rate holds for every
+scheduler, rows of similar length are found without reading them, the routers' balance is watched, an evaluation's loss
+is the mean over its supervised tokens, what is saved follows the precision rule, and each saved directory stands
+alone."""
 
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from torch.utils.data import SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from callbacks import Meter, stop_if_not_finite
-from checkpoint import Companions, cast, master_values, save_dtype
+from checkpoint import Companions, as_stored, master_values, save_dtype, stored_names
 from data import IGNORE_INDEX, Filled
+from router import Routers, moe_layers
 
 TAKES_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
 
@@ -43,18 +45,24 @@ class Trainer(transformers.Trainer):
         meter: counts tokens and seconds.
         companions: what a saved directory gets beside its weights. The tokenizer is among it, and not handed on as
             `processing_class`: the Trainer would change the special tokens in the model's config after it.
+        router_aux_loss_coef: see router.py.
     """
 
-    def __init__(self, *args, meter: Meter, companions: Companions, **kwargs):
+    def __init__(self, *args, meter: Meter, companions: Companions, router_aux_loss_coef: float = 0.0, **kwargs):
         if kwargs.get("eval_dataset") is not None:
             world = kwargs["args"].world_size * kwargs["args"].eval_batch_size
             kwargs["eval_dataset"] = Filled(kwargs["eval_dataset"], world)
         super().__init__(*args, **kwargs)
         self.meter, self.companions, self.masters = meter, companions, {}
         self.add_callback(meter)
+        self.routers = Routers(self.model, router_aux_loss_coef) if moe_layers(self.model) else None
+        if self.routers:
+            self.callback_handler.callbacks.insert(0, self.routers)  # before those that report
+        self.stored = {} if self.is_adapter else stored_names(self.model, companions.names)
         if self.args.should_save and self.is_deepspeed_enabled and not self.is_adapter:
             # the engine rounds them, and frozen tensors have no masters to read
-            frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+            trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+            frozen = {stored for name, stored in self.stored.items() if name not in trained}
             self.masters = companions.base_values(frozen & companions.fp32_names)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -62,6 +70,23 @@ class Trainer(transformers.Trainer):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.meter.count(batches)
         return batches, num_items_in_batch
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """With --router_aux_loss_coef, the mean over the step's micro-batches of their load-balancing losses is added:
+        the ranks' gradients are averaged, the micro-batches' are summed."""
+        if not (self.routers and model.training):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.routers.watch(inputs.get("attention_mask")):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.routers.coefficient:
+            loss = loss + self.routers.loss() / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The load-balancing loss beside the loss that it is part of. All ranks must call."""
+        if self.routers and self.routers.coefficient and "loss" in logs:
+            logs["router_aux_loss"] = self.routers.mean_loss()
+        super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -127,9 +152,11 @@ class Trainer(transformers.Trainer):
         self.is_final_save = not _internal_call
         if self.is_deepspeed_enabled:  # collective: before rank 0 goes on alone
             trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-            self.masters |= master_values(
-                self.model, trained if self.is_adapter else trained & self.companions.fp32_names
-            )
+            if self.is_adapter:
+                self.masters = master_values(self.model, trained)
+            else:
+                fp32 = {name for name in trained if self.stored.get(name) in self.companions.fp32_names}
+                self.masters |= {self.stored[name]: value for name, value in master_values(self.model, fp32).items()}
         super().save_model(output_dir, _internal_call)
 
     @property
@@ -141,14 +168,20 @@ class Trainer(transformers.Trainer):
             return
         if self.is_adapter:
             adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-            dtype, state_dict = None, {name: self.masters.get(name, p.detach()).float() for name, p in adapter.items()}
-        else:
-            dtype = save_dtype(self.args)
-            if not self.is_deepspeed_enabled and not self.is_final_save:
-                dtype = torch.float32  # here the weights are the masters: resuming is exact
-            state_dict = self.model.state_dict() if state_dict is None else state_dict
-            state_dict = cast({**state_dict, **self.masters}, dtype, self.companions.fp32_names)
-            for tied in getattr(self.model, "all_tied_weights_keys", {}):
-                state_dict.pop(tied, None)  # ZeRO-2 hands out both names of a tied tensor
-        super()._save(output_dir, state_dict=state_dict)
-        self.companions.write(Path(output_dir or self.args.output_dir), dtype)
+            state_dict = {name: self.masters.get(name, p.detach()).float() for name, p in adapter.items()}
+            super()._save(output_dir, state_dict=state_dict)
+            return self.companions.write(Path(output_dir or self.args.output_dir), None)
+        directory, dtype = Path(output_dir or self.args.output_dir), save_dtype(self.args)
+        masters = not self.is_deepspeed_enabled and not self.is_final_save
+        if masters:
+            dtype = torch.float32  # resuming is exact
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        for tied in getattr(self.model, "all_tied_weights_keys", {}):
+            state_dict.pop(tied, None)  # ZeRO-2 hands out both names of a tied tensor
+        state_dict = as_stored(self.model, state_dict, self.companions.names)
+        state_dict = self.companions.cast(state_dict | self.masters, dtype)
+        state_dict |= self.companions.base_values(self.companions.unused)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(directory, state_dict=state_dict, save_original_format=False)
+        torch.save(self.args, directory / "training_args.bin")
+        self.companions.write(directory, dtype, masters)
