@@ -107,6 +107,7 @@ def train(
     max_grad_norm: float = 1.0,
     save_to: Path | None = None,
     router_aux_loss_coef: float = 0.0,
+    model: torch.nn.Module | None = None,
 ) -> list[float]:
     """Trains in fp32 and returns the loss of each step, before its update.
 
@@ -119,11 +120,12 @@ def train(
         max_grad_norm: the gradient's norm is clipped to this; 0 for none.
         save_to: directory for the trained weights.
         router_aux_loss_coef: weight of the micro-batches' mean load-balancing loss, by transformers' function.
+        model: to train, if not that of the directory.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir, trust_remote_code=True)
     rows = encode_rows(rows_file, tokenizer, max_seq_length)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
-    weights = list(model.parameters())
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32) if model is None else model
+    weights = list(model.train().parameters())
     optimizer = torch.optim.AdamW(weights, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
     history = []
@@ -134,7 +136,8 @@ def train(
         step_loss = 0.0
         for batch, count in zip(batches, counts, strict=True):
             if count:
-                output = model(**batch, use_cache=False, output_router_logits=bool(router_aux_loss_coef))
+                watched = {"output_router_logits": True} if router_aux_loss_coef else {}
+                output = model(**batch, use_cache=False, **watched)
                 loss = output.loss * (count / sum(counts))
                 if router_aux_loss_coef:
                     experts, k = model.config.num_local_experts, model.config.num_experts_per_tok
@@ -153,3 +156,16 @@ def train(
     if save_to is not None:
         model.save_pretrained(save_to)
     return history
+
+
+def mean_loss(model: torch.nn.Module, rows: list[dict[str, list[int]]], pad_id: int) -> float:
+    """The mean over all supervised tokens of rows, each row by itself, in evaluation mode."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            batch = pad([row], pad_id)
+            number = int((batch["labels"][:, 1:] != IGNORED).sum())
+            if number:
+                total += model.eval()(**batch, use_cache=False).loss.item() * number
+                count += number
+    return total / count

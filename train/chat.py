@@ -60,14 +60,16 @@ def choose(model_dir: str | None, adapter_dir: str | None) -> tuple[Path, Path |
 
 def load(model_dir: Path, adapter: Path | None) -> tuple[Any, Any]:
     """(tokenizer, model) ready to generate: on the GPUs if there are any, in the dtype that config.json says."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds: only once the paths are right
+    from transformers import AutoTokenizer  # takes seconds: only once the paths are right
+
+    from legacy_remote_code import load_any
 
     gpu = torch.cuda.is_available()
     tokenizer_dir = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else model_dir
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=True)
-        options = {"dtype": "auto", "device_map": "auto" if gpu else None, "trust_remote_code": True}
-        model, info = AutoModelForCausalLM.from_pretrained(model_dir, **options, output_loading_info=True)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
+            model, info = load_any(model_dir, dtype="auto", device_map="auto" if gpu else None)
         if info["missing_keys"]:  # transformers would leave them random
             raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:4])}")
         if adapter:

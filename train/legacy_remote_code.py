@@ -17,13 +17,22 @@ from pathlib import Path
 import accelerate
 import torch
 import transformers.utils.import_utils
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.utils import logging
 
-from console import Refused, choice
+from console import Refused, choice, read_json
+
+
+def load_any(path: str | Path, **options) -> tuple[PreTrainedModel, dict]:
+    """The model of a directory of any generation, its code trusted, and what from_pretrained says of it."""
+    config = read_json(Path(path) / "config.json")
+    if config.get("model_type") == "hunyuan" and config.get("auto_map"):
+        check_code(Path(path), config["auto_map"])
+        return from_pretrained(str(path), config, "auto", **options)
+    return AutoModelForCausalLM.from_pretrained(path, **options, trust_remote_code=True, output_loading_info=True)
 
 
 def from_pretrained(path: str, config: dict, model_code: str, **options) -> tuple[PreTrainedModel, dict]:
@@ -42,6 +51,8 @@ def from_pretrained(path: str, config: dict, model_code: str, **options) -> tupl
         own.use_cache = False  # a cache is of a class that is gone
         model, info = cls.from_pretrained(path, config=own, **options, output_loading_info=True)
         fill_buffers(model)
+        if model.generation_config:
+            model.generation_config.use_cache = False
         return model, info
     kind = "HunYuanMoEV1" if (config.get("num_experts") or 1) > 1 else "HunYuanDenseV1"
     choice("model code", f"transformers' {kind}", "it computes the same model, faster")

@@ -7,11 +7,12 @@
 Works on the safetensors files shard by shard and never builds the model: it needs memory for about one shard. A weight
 is merged in fp32 and rounded once; names, shards, index and all other files are the base's, config.json but for its
 dtype. It is written beside the output and renamed at the end. Refused (exit code 2, nothing at the output): an adapter
-that is empty, does not fit the base or is more than LoRA or DoRA on linear layers; a base that is quantised, not whole
-or not safetensors; an output that is not empty; values that do not fit the dtype; a full disk.
+that is empty, does not fit the base or is more than LoRA or DoRA on linear layers and routed experts; a base that is
+quantised, not whole or not safetensors; an output that is not empty; values that do not fit the dtype; a full disk.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import signal
 import sys
 import time
 from collections import Counter, namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -63,7 +64,9 @@ LEFT_OUT = re.compile(
 )
 
 Stored = namedtuple("Stored", "file shape dtype nbytes")  # a tensor of the base, as its file's header tells it
-Update = namedtuple("Update", "lora_A lora_B magnitude scaling")  # what it gains: keys of the adapter, a factor
+# What it gains: keys of the adapter, a factor; of stacked experts how many there are, which one the tensor is (None:
+# all, fused), which rows of their lora_B are its own.
+Update = namedtuple("Update", "lora_A lora_B magnitude scaling experts expert rows", defaults=(0, None, slice(None)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,18 +135,16 @@ def read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Sto
 
 
 def plan_updates(adapter: Path, tensors: dict[str, Stored], tied: bool) -> tuple[Any, dict[str, Update]]:
-    """(the adapter's opened file, {base tensor: Update}); refuses unless every tensor of the adapter has its place.
-
-    Fused experts would come in here: one module, and for each expert's tensor an Update with its slices of A and B.
-    """
+    """(the adapter's opened file, {base tensor: Update}); refuses unless every tensor of the adapter has its place."""
     settings, file = read_json(adapter / "adapter_config.json"), open_tensors(adapter / "adapter_model.safetensors")
-    settings["target_parameters"] = [p for p in settings.get("target_parameters") or [] if not p.endswith(".weight")]
+    merged_too = (".weight", "experts.gate_up_proj", "experts.down_proj")
+    settings["target_parameters"] = [p for p in settings.get("target_parameters") or [] if not p.endswith(merged_too)]
     beyond = [key for key in BEYOND_LORA if settings.get(key)]
     beyond += ["init_lora_weights"] if settings.get("init_lora_weights", True) not in PLAIN_INITS else []
     if beyond:
         found = some([f"{key}={settings[key]}" for key in beyond])
         raise Refused(
-            f"{adapter / 'adapter_config.json'}: {found}: only LoRA and DoRA on linear layers are merged; "
+            f"{adapter / 'adapter_config.json'}: {found}: only LoRA and DoRA on linear layers and experts are merged; "
             "use this adapter with PEFT on top of its base"
         )
     keys = file.keys()
@@ -164,15 +165,21 @@ def plan_updates(adapter: Path, tensors: dict[str, Stored], tied: bool) -> tuple
         names = [f"{module}.weight", *(f"{module.replace(*pair)}.weight" for pair in RENAMED)]
         name = next((name for name in names if name in tensors), names[0])
         rank, delta = setting("r", "rank_pattern", module), (*shapes.get(lora_B, (0,))[:1], *shapes[lora_A][1:])
-        if name not in tensors or (tied and name == "lm_head.weight"):
+        alpha = setting("lora_alpha", "alpha_pattern", module)
+        scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        if re.search(r"\.experts(\.base_layer)?$", module):
+            experts, parts = expert_parts(module.removesuffix(".base_layer"), delta, tensors)
+            if not parts or (shapes[lora_A][0], *shapes[lora_B][1:]) != (rank * experts, rank * experts):
+                unfit.append(f"{module} ({list(delta)}, rank {rank}: the base has no such experts)")
+            for name, expert, rows in parts:
+                updates[name] = Update(lora_A, lora_B, None, scaling, experts, expert, rows)
+        elif name not in tensors or (tied and name == "lm_head.weight"):
             unfit.append(f"{module} (the base has no such weight{', it is tied' if 'lm_head' in name else ''})")
         elif tensors[name].dtype not in STORED or tensors[name].shape != delta:
             unfit.append(f"{module} ({list(delta)}, the base has {tensors[name].dtype} {list(tensors[name].shape)})")
         elif (shapes[lora_A][0], *shapes[lora_B][1:]) != (rank, rank) or (dora and shapes.get(magnitude) != delta[:1]):
             unfit.append(f"{module} (rank or magnitude are not as adapter_config.json says)")
         else:
-            alpha = setting("lora_alpha", "alpha_pattern", module)
-            scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
             updates[name] = Update(lora_A, lora_B, magnitude, scaling)
     unfit += sorted(shapes.keys() - known)
     if unfit:
@@ -180,6 +187,33 @@ def plan_updates(adapter: Path, tensors: dict[str, Stored], tied: bool) -> tuple
     if not any(file.get_tensor(update.lora_B).any() for update in updates.values()):
         print("warning: every lora_B is zero: this adapter was not trained", file=sys.stderr)
     return file, updates
+
+
+def expert_parts(
+    module: str, delta: tuple[int, ...], tensors: dict[str, Stored]
+) -> tuple[int, list[tuple[str, int | None, slice]]]:
+    """(number of experts, [(base tensor, which expert, rows of lora_B)]) of an adapter on a layer's stacked experts.
+
+    PEFT calls what it adapts first and second by place and not by name; the shapes tell gate_up_proj from down_proj.
+    In the files the experts are fused, one tensor a layer, or stand one by one.
+
+    Args:
+        delta: (rows, columns) of what one expert gains.
+    """
+    for fused, ones in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+        if (stored := tensors.get(f"{module}.{fused}")) and stored.shape[1:] == delta:
+            return stored.shape[0], [(f"{module}.{fused}", None, slice(None))]
+        if (stored := tensors.get(f"{module}.0.{ones[0]}.weight")) is None:
+            continue
+        rows, columns = stored.shape
+        if (rows * len(ones), columns) == delta:
+            experts = sum(f"{module}.{expert}.{ones[0]}.weight" in tensors for expert in range(len(tensors)))
+            return experts, [
+                (f"{module}.{expert}.{one}.weight", expert, slice(place * rows, (place + 1) * rows))
+                for expert in range(experts)
+                for place, one in enumerate(ones)
+            ]
+    return 0, []
 
 
 def plan_files(tensors: dict[str, Stored], sizes: dict[str, int], limit: int) -> list[tuple[str, list[str]]]:
@@ -205,13 +239,28 @@ def left_out(folder: str | Path, names: list[str]) -> set[str]:
     return apart | {name for name in names if LEFT_OUT.fullmatch(name)}
 
 
-def merged(tensor: torch.Tensor, update: Update, adapter_file: Any) -> torch.Tensor:
-    """The tensor with its update, in fp32."""
-    factors = [adapter_file.get_tensor(key).float() for key in (update.lora_B, update.lora_A)]
-    weight = torch.addmm(tensor.float(), *factors, alpha=update.scaling)
+def merged(
+    tensor: torch.Tensor, update: Update, factor: Callable[[str], torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """The tensor with its update, computed in fp32 and rounded once to `dtype`; fused experts one by one.
+
+    Args:
+        factor: gives a tensor of the adapter in fp32.
+    """
+    lora_A, lora_B = factor(update.lora_A), factor(update.lora_B)
+    if update.experts:  # as PEFT stacks them: A by expert and rank, B by rank and expert
+        lora_A = lora_A.unflatten(0, (update.experts, -1))
+        lora_B = lora_B.unflatten(1, (-1, update.experts)).permute(2, 0, 1)[:, update.rows]
+        if update.expert is None:
+            result = torch.empty_like(tensor, dtype=dtype)
+            for expert, weight in enumerate(tensor):
+                result[expert] = torch.addmm(weight.float(), lora_B[expert], lora_A[expert], alpha=update.scaling)
+            return result
+        lora_A, lora_B = lora_A[update.expert], lora_B[update.expert]
+    weight = torch.addmm(tensor.float(), lora_B, lora_A, alpha=update.scaling)
     if update.magnitude:
-        weight *= (adapter_file.get_tensor(update.magnitude).float() / torch.linalg.norm(weight, dim=1))[:, None]
-    return weight
+        weight *= (factor(update.magnitude) / torch.linalg.norm(weight, dim=1))[:, None]
+    return weight.to(dtype)
 
 
 @contextmanager
@@ -244,9 +293,9 @@ def written_aside(output: Path) -> Iterator[Path]:
 
 def logits(model_path: Path, adapter: Path | None = None) -> torch.Tensor:
     """fp32 logits (1, 32, vocabulary) of a model directory on fixed tokens, with the adapter as PEFT applies it."""
-    from transformers import AutoModelForCausalLM  # takes seconds to import: only here
+    from legacy_remote_code import load_any  # takes seconds to import: only here
 
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, trust_remote_code=True)
+    model = load_any(model_path, dtype=torch.float32)[0]
     if adapter:
         from peft import PeftModel
 
@@ -330,13 +379,16 @@ def main(argv: list[str] | None = None) -> None:
 
     # 5. Write: shard by shard, the index, config.json, all else
     try:
+        # the experts of a layer share a factor
+        factor = functools.lru_cache(maxsize=4)(lambda key: adapter_file.get_tensor(key).float())
         with written_aside(output) as temporary:
             for file, names in tqdm(parts, desc="merging", unit="shard"):
                 source, shard = open_tensors(base / tensors[names[0]].file), {}
                 for name in names:
                     tensor = source.get_tensor(name)
-                    result = merged(tensor, updates[name], adapter_file) if name in updates else tensor
-                    shard[name] = result.to(STORED.get(dtypes[name], tensor.dtype))
+                    dtype = STORED.get(dtypes[name], tensor.dtype)
+                    update = updates.get(name)
+                    shard[name] = merged(tensor, update, factor, dtype) if update else tensor.to(dtype)
                     if (name in updates or saved == "F16") and not shard[name].isfinite().all():
                         raise Refused(
                             f"{name}: not finite in {shard[name].dtype}: the adapter is damaged, or the "

@@ -114,21 +114,10 @@ def test_losses_are_those_of_the_class_built_on_the_cpu(
     assert run.returncode == 0, run.stderr[-3000:]
     assert "model code = the directory's own" in run.stdout
 
-    model = built_on_the_cpu(directory).train()
-    tokenizer = AutoTokenizer.from_pretrained(example_tokenizer_dir)
-    rows = reference.encode_rows(example_rows, tokenizer)
+    rows = reference.encode_rows(example_rows, AutoTokenizer.from_pretrained(example_tokenizer_dir))
     order = reference.trainer_order(len(rows), 42, ranks, 4, 2 // ranks, STEPS)
-    optimizer, expected = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0), []
-    for number, step in enumerate(order):
-        batches = [reference.pad([rows[i] for i in micro_batch], tokenizer.pad_token_id) for micro_batch in step]
-        counts = [int((batch["labels"][:, 1:] != reference.IGNORED).sum()) for batch in batches]
-        loss = sum(model(**batch).loss * count / sum(counts) for batch, count in zip(batches, counts))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = RATE * (STEPS - number) / STEPS
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(loss.item())
+    model, rate = built_on_the_cpu(directory), reference.linear(RATE, STEPS)
+    expected = reference.train(directory, example_rows, order, rate, example_tokenizer_dir, model=model)
     difference = max(abs(a - b) for a, b in zip(losses(tmp_path / "out"), expected, strict=True))
     print(f"{kind} {way}: largest difference {difference:.1e}")
     assert difference <= 1e-5

@@ -41,6 +41,8 @@ EXPERTS = {
     },
 }  # fmt: skip
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+BOTH = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+SHARED = [f"shared_mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
 
 
 def make_base(path: Path, kind: str = "hunyuan_v1_dense", tied: bool = False, dtype: str = "float32", **options):
@@ -52,6 +54,19 @@ def make_base(path: Path, kind: str = "hunyuan_v1_dense", tied: bool = False, dt
     for file in ("tokenizer.json", "chat_template.jinja", "modeling_own.py"):
         (path / file).write_text(f"the base's {file}")
     return path
+
+
+def fuse_experts(base: Path) -> None:
+    """Lay the experts of a one-file base out as one tensor a layer, as Tencent's converter does for Hy3."""
+    state = load_file(base / "model.safetensors")
+    layers = {name.split(".experts.")[0] for name in state if ".experts." in name}
+    for layer in sorted(layers):
+        gate, up, down = (
+            torch.stack([state.pop(f"{layer}.experts.{expert}.{name}.weight") for expert in range(4)])
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        state |= {f"{layer}.experts.gate_up_proj": torch.cat([gate, up], dim=1), f"{layer}.experts.down_proj": down}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
 
 
 def make_adapter(path: Path, base: Path, **options) -> Path:
@@ -129,17 +144,29 @@ def pair(tmp_path_factory):
         ("hunyuan_v1_moe", {"use_rslora": True, "use_dora": True}),
         ("hy_v3", {"target_modules": "all-linear"}),
         ("hy_v4", {"target_modules": "all-linear"}),
+        ("hunyuan_v1_moe", BOTH),
+        ("hunyuan_v1_moe", BOTH | {"target_modules": ATTENTION, "use_rslora": True}),
+        ("hunyuan_v1_moe", {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
+        ("hunyuan_v1_moe", {"target_modules": ["q_proj"], "target_parameters": SHARED}),
+        ("hy_v3", BOTH | {"target_modules": ["shared_experts.up_proj"]}),
+        ("hy_v3 fused", BOTH),
+        ("hy_v4", BOTH),
     ],
-    ids=["dense", "dense-all-rs", "dense-dora", "dense-patterns", "moe", "moe-rs-dora", "hy3-all", "hy4-all"],
-)
+    ids=["dense", "dense-all-rs", "dense-dora", "dense-patterns", "moe", "moe-rs-dora", "hy3-all", "hy4-all",
+         "moe-experts", "moe-experts-rs", "moe-one-of-two", "moe-shared", "hy3-experts", "hy3-fused", "hy4-experts"],
+)  # fmt: skip
 def test_logits_equal_those_of_peft(kind, options, tied, merge, tmp_path):
-    base = make_base(tmp_path / "base", kind, tied)
+    base = make_base(tmp_path / "base", kind.split()[0], tied)
+    if "fused" in kind:
+        fuse_experts(base)
     adapter = make_adapter(tmp_path / "adapter", base, **options)
     code, _, err = merge("--base_model_path", base, "--adapter_model_path", adapter, "--output_path", tmp_path / "out")
     assert code == 0, err
     expected = logits(base, adapter)
     assert (expected - logits(base)).abs().max() > 1e-2  # the adapter does something
     assert (expected - logits(tmp_path / "out")).abs().max() < 1e-5
+    shapes = [{name: tensor.shape for name, tensor in tensors(path).items()} for path in (base, tmp_path / "out")]
+    assert shapes[0] == shapes[1]
 
 
 def test_an_untied_head_is_merged(merge, tmp_path):
@@ -318,6 +345,10 @@ def first(change):
 
 SHARD = "model-00002-of-00005.safetensors"
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+EXPERT_PAIR = {
+    "base_model.model.model.layers.1.mlp.experts.lora_A.weight": (16, 40),
+    "base_model.model.model.layers.1.mlp.experts.lora_B.weight": (32, 16),
+}
 HEAD = {"base_model.model.lm_head.lora_A.weight": (4, 32), "base_model.model.lm_head.lora_B.weight": (64, 4)}
 
 
@@ -368,9 +399,13 @@ REFUSED = {  # what is done to (base b, adapter a, output o), and what is said
         lambda b, a, o: edit_json(a / CONFIG, modules_to_save=["lm_head"]),
         f"{CONFIG}: modules_to_save=['lm_head']: only LoRA and DoRA",
     ),
-    "experts": (
-        lambda b, a, o: edit_json(a / CONFIG, target_parameters=["experts.down_proj"]),
-        "target_parameters=['experts.down_proj']: only LoRA and DoRA",
+    "other-parameters": (
+        lambda b, a, o: edit_json(a / CONFIG, target_parameters=["experts.bias"]),
+        "target_parameters=['experts.bias']: only LoRA and DoRA",
+    ),
+    "other-experts": (
+        lambda b, a, o: edit_tensors(a / TENSORS, more(EXPERT_PAIR)),
+        "layers.1.mlp.experts ([32, 40], rank 4: the base has no such experts)",
     ),
     "pissa": (lambda b, a, o: edit_json(a / CONFIG, init_lora_weights="pissa"), "init_lora_weights=pissa"),
     "tied-head": (
