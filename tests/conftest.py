@@ -162,6 +162,7 @@ def make_model_dir(
     tie: bool = True,
     vocab_size: int | None = None,
     seed: int = 0,
+    fused: bool = False,
     **config,
 ) -> Path:
     """Writes a randomly initialised model with the tokenizer beside it, and returns `out`.
@@ -174,6 +175,7 @@ def make_model_dir(
         dtype: of the weights on disk, by torch's name.
         tie: whether the head is the embedding.
         vocab_size: rows of the embedding; default the tokenizer's length.
+        fused: lay the routed experts out as one tensor a layer, as Tencent's converter does for Hy3.
         config: further or other keys of the model's configuration. `head_dim` follows `hidden_size` and
             `num_attention_heads` unless given.
     """
@@ -214,10 +216,28 @@ def make_model_dir(
         torch.manual_seed(seed)
         model = model_class(config_class(**keys))
     model.to(getattr(torch, dtype)).save_pretrained(out)
+    if fused:
+        fuse_experts(Path(out))
     for file in Path(tokenizer_dir).iterdir():
         if file.is_file() and file.name != "config.json":
             shutil.copyfile(file, Path(out) / file.name)
     return Path(out)
+
+
+def fuse_experts(directory: Path) -> None:
+    """Lay the four routed experts of a one-file directory out as one tensor a layer."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(directory / "model.safetensors")
+    layers = {name.split(".experts.")[0] for name in state if ".experts." in name}
+    for layer in sorted(layers):
+        gate, up, down = (
+            torch.stack([state.pop(f"{layer}.experts.{expert}.{name}.weight") for expert in range(4)])
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        state |= {f"{layer}.experts.gate_up_proj": torch.cat([gate, up], dim=1), f"{layer}.experts.down_proj": down}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def make_remote_dir(kind: str, keys: dict, tokenizer_dir: Path, out: Path, dtype: str, seed: int) -> Path:

@@ -5,14 +5,20 @@ ordinary `labels`, AdamW runs over fp32 weights. What is supervised is found by 
 for rows whose text holds no special token: the real rows and those of the tests.
 """
 
+import importlib
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+import legacy_remote_code
+from conftest import TESTS
 
 IGNORED = -100
 Batch = dict[str, torch.Tensor]
@@ -81,6 +87,28 @@ def trainer_order(
             yield from cut(cut(order, batch_size), world_size * accumulation)
 
     return list(itertools.islice(epochs(), max_steps))
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+def built_on_the_cpu(directory: Path) -> torch.nn.Module:
+    """The class of fixtures/hunyuan_remote as a 4.41 program gets it: built on the CPU, the file's tensors put in."""
+    legacy_remote_code.bring_back_imports()
+    sys.path.insert(0, str(TESTS / "fixtures"))
+    try:
+        code = importlib.import_module("hunyuan_remote.modeling_hunyuan")
+    finally:
+        sys.path.pop(0)
+    code.HunYuanMoEV1ForCausalLM._tied_weights_keys = None
+    config = json.loads((directory / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in ("model_type", "auto_map", "architectures")}
+    model = code.HunYuanMoEV1ForCausalLM(code.HunYuanConfig(**kept, attn_implementation="eager"))
+    state = load_file(directory / "model.safetensors")
+    model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.use_cache = False
+    return model.float()
 
 
 # --- training ------------------------------------------------------------------------------------------------------

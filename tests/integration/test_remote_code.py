@@ -1,10 +1,8 @@
 """Directories with code of transformers 4.41 (Hunyuan-Large, the first A13B): whole buffers, the right loss, the
 base's own shape when saved, and transformers' class where it computes the same."""
 
-import importlib
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from transformers import AutoTokenizer
 
 import legacy_remote_code
 import reference
-from conftest import TESTS, make_model_dir
+from conftest import make_model_dir
 
 KINDS = ("remote", "remote_cla")
 STEPS, RATE = 4, 1e-3
@@ -24,30 +22,11 @@ def load(directory, model_code="auto", dtype=torch.float32):
     return legacy_remote_code.from_pretrained(str(directory), config, model_code, dtype=dtype)[0]
 
 
-def built_on_the_cpu(directory):
-    """The class as a 4.41 program gets it: built on the CPU, the file's tensors put in. No from_pretrained."""
-    legacy_remote_code.bring_back_imports()
-    sys.path.insert(0, str(TESTS / "fixtures"))
-    try:
-        code = importlib.import_module("hunyuan_remote.modeling_hunyuan")
-    finally:
-        sys.path.pop(0)
-    code.HunYuanMoEV1ForCausalLM._tied_weights_keys = None
-    config = json.loads((directory / "config.json").read_text())
-    kept = {key: value for key, value in config.items() if key not in ("model_type", "auto_map", "architectures")}
-    model = code.HunYuanMoEV1ForCausalLM(code.HunYuanConfig(**kept, attn_implementation="eager"))
-    state = load_file(directory / "model.safetensors")
-    model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
-    model.lm_head.weight = model.model.embed_tokens.weight
-    model.config.use_cache = False
-    return model.float()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_buffer_is_what_the_class_computes(kind, dtype, model_dir, example_tokenizer_dir):
     directory = model_dir(kind, example_tokenizer_dir, num_hidden_layers=5)
-    models = load(directory, "remote", dtype), built_on_the_cpu(directory)
+    models = load(directory, "remote", dtype), reference.built_on_the_cpu(directory)
     ours, theirs = (dict(model.named_buffers(remove_duplicate=False)) for model in models)
     assert ours.keys() == theirs.keys() and len(ours) == 15
     for name, buffer in ours.items():
@@ -116,7 +95,7 @@ def test_losses_are_those_of_the_class_built_on_the_cpu(
 
     rows = reference.encode_rows(example_rows, AutoTokenizer.from_pretrained(example_tokenizer_dir))
     order = reference.trainer_order(len(rows), 42, ranks, 4, 2 // ranks, STEPS)
-    model, rate = built_on_the_cpu(directory), reference.linear(RATE, STEPS)
+    model, rate = reference.built_on_the_cpu(directory), reference.linear(RATE, STEPS)
     expected = reference.train(directory, example_rows, order, rate, example_tokenizer_dir, model=model)
     difference = max(abs(a - b) for a, b in zip(losses(tmp_path / "out"), expected, strict=True))
     print(f"{kind} {way}: largest difference {difference:.1e}")

@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import fuse_experts
+
 TRAIN = Path(__file__).resolve().parents[2] / "train"
 SCRIPT = TRAIN / "merge_lora_weight.py"
 INDEX = "model.safetensors.index.json"
@@ -54,19 +56,6 @@ def make_base(path: Path, kind: str = "hunyuan_v1_dense", tied: bool = False, dt
     for file in ("tokenizer.json", "chat_template.jinja", "modeling_own.py"):
         (path / file).write_text(f"the base's {file}")
     return path
-
-
-def fuse_experts(base: Path) -> None:
-    """Lay the experts of a one-file base out as one tensor a layer, as Tencent's converter does for Hy3."""
-    state = load_file(base / "model.safetensors")
-    layers = {name.split(".experts.")[0] for name in state if ".experts." in name}
-    for layer in sorted(layers):
-        gate, up, down = (
-            torch.stack([state.pop(f"{layer}.experts.{expert}.{name}.weight") for expert in range(4)])
-            for name in ("gate_proj", "up_proj", "down_proj")
-        )
-        state |= {f"{layer}.experts.gate_up_proj": torch.cat([gate, up], dim=1), f"{layer}.experts.down_proj": down}
-    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
 
 
 def make_adapter(path: Path, base: Path, **options) -> Path:
