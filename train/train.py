@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
     companions = Companions.read(base or model_args.model_name_or_path, tokenizer_path, tokenizer)
     if resume and last_step(resume) >= steps_of_run(training_args, len(examples)):
         note(f"{resume} is the end of a finished run: no step is left, its final files are written")
+        training_args.distributed_state.wait_for_everyone()  # until all have looked at output_dir
         if training_args.should_save:
             finish_from(Path(resume), training_args, companions, figures | dict.fromkeys(Meter.FIGURES))
         return

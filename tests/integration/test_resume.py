@@ -52,6 +52,68 @@ def test_goes_on_where_it_stopped(lora, model_dir, example_tokenizer_dir, exampl
     assert run.returncode == 2 and "holds no optimiser state" in run.stderr
 
 
+STAGES = {
+    "one": [],
+    "zero2": ["--deepspeed", "ds_zero2_no_offload.json"],
+    "zero3": ["--deepspeed", "ds_zero3_no_offload.json"],
+}
+SLOW = (("full", "one"), ("lora", "one"), ("full", "zero3"), ("lora", "zero2"))  # each in another test, but for size
+
+
+@pytest.mark.parametrize(
+    ("what", "stage"),
+    [
+        pytest.param(
+            what,
+            stage,
+            marks=[pytest.mark.needs_gxx] * (stage != "one") + [pytest.mark.campaign] * ((what, stage) in SLOW),
+        )
+        for what in ("full", "lora")
+        for stage in STAGES
+    ],
+)
+def test_steps_5_to_8(what, stage, model_dir, example_tokenizer_dir, example_rows, run_train, losses, tmp_path):
+    """As in the undisturbed run, without and with the model's path; a finished run makes no further step."""
+    base = ["--model_name_or_path", model_dir("moe", example_tokenizer_dir)]
+    flags = [
+        "--train_data_file",
+        example_rows,
+        "--max_steps",
+        8,
+        "--save_steps",
+        4,
+        "--logging_steps",
+        1,
+        *STAGES[stage],
+    ]
+    flags += ["--learning_rate", 1e-3, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
+    flags += ["--use_lora", "--lora_dropout", 0.1] * (what == "lora")
+    name = "adapter_model.safetensors" if what == "lora" else "model.safetensors"
+
+    def run(out, *more):
+        ranks = 1 if stage == "one" else 2
+        args = [*flags, "--output_dir", tmp_path / out, *more]
+        done = run_train(args, launcher="python" if ranks == 1 else "torchrun", nproc=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    run("first", *base)
+    first = losses(tmp_path / "first")
+    checkpoint = ["--resume_from_checkpoint", tmp_path / "first" / "checkpoint-4"]
+    for out, model in (("without", []), ("with", base)):
+        assert "going on from" in run(out, *checkpoint, *model)
+        again = losses(tmp_path / out)
+        difference = max(abs(a - b) for a, b in zip(again, first, strict=True))
+        print(f"{what}, {stage}, {out} the model's path: largest difference {difference:.1e}")
+        assert difference <= 1e-6 and again[:4] == first[:4]
+        one, two = (load_file(tmp_path / folder / name) for folder in ("first", out))
+        assert one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
+    output = run("finished", "--resume_from_checkpoint", tmp_path / "first" / "checkpoint-8")
+    assert "no step is left" in output and "step 9" not in output
+    three = load_file(tmp_path / "finished" / name)
+    assert all(torch.equal(one[key], three[key]) for key in one)
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "shape"])
 def test_weights_that_are_not_whole_are_refused(
     damage, make_model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path
