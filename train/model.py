@@ -166,7 +166,8 @@ def load_model(
         route_in_fp32(model)
     elif args.router_aux_loss_coef:
         note("--router_aux_loss_coef has no effect: the model has no routers")
-    choice("attention", model.config._attn_implementation, "--use_flash_attn" if attention else "the model's default")
+    why = "the model's default" if model._supports_sdpa else "this class has no other"
+    choice("attention", model.config._attn_implementation, "--use_flash_attn" if attention else why)
     if args.use_lora:
         from lora import add_adapter
 

@@ -8,9 +8,11 @@ from collections import Counter
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import legacy_remote_code
+import reference
 from console import Refused
 from lora import add_adapter, kind_of
 
@@ -85,3 +87,47 @@ def test_dora_and_rslora_on_attention(model_dir, example_tokenizer_dir):
     model = add_adapter(load(directory), arguments(directory, None, use_dora=True, use_rslora=True), None)
     assert sum("lora_magnitude_vector" in name for name, _ in model.named_parameters()) == 8
     assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == 8 / 4**0.5
+
+
+RANKS = {"zero2": 2, "zero3": 2, "offload": 2, "one": 1}
+FILES = {"zero2": "ds_zero2_no_offload.json", "zero3": "ds_zero3_no_offload.json", "offload": "ds_zero3_offload.json"}
+ALWAYS = (("moe", "zero2"), ("hy_v3", "offload"))  # the others with the campaign
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [
+        pytest.param(
+            kind, stage,
+            marks=[pytest.mark.needs_gxx] * (stage != "one") + [pytest.mark.campaign] * ((kind, stage) not in ALWAYS),
+        )
+        for kind in ("dense", "moe", "hy_v3", "hy_v4", "remote_cla") for stage in RANKS
+    ],
+)  # fmt: skip
+def test_what_is_saved_under_every_stage(
+    kind, stage, model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path
+):
+    """All targets at once: no tensor is empty, each has its shape, all of lora_B is trained, and plain PEFT evaluates
+    to the loss that the run's own last evaluation had."""
+    directory, out = model_dir(kind, example_tokenizer_dir), tmp_path / "out"
+    lines = example_rows.read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "eval.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
+    targets = ["all-linear"] + ["experts"] * (kind != "dense")
+    args = ["--model_name_or_path", directory, "--train_data_file", example_rows, "--output_dir", out, "--use_lora"]
+    args += ["--lora_rank", 4, "--lora_target_modules", *targets, "--max_steps", 4, "--learning_rate", 1e-2]
+    args += ["--eval_data_file", tmp_path / "eval.jsonl", "--eval_strategy", "steps", "--eval_steps", 4]
+    args += ["--per_device_eval_batch_size", 1, "--make_moe_param_leaf_module"]
+    args += ["--deepspeed", FILES[stage]] if stage in FILES else []
+    run = run_train(args, launcher="torchrun" if RANKS[stage] > 1 else "python", nproc=RANKS[stage], timeout=900)
+    assert run.returncode == 0, run.stderr[-3000:]
+    model = PeftModel.from_pretrained(load(directory), out)
+    for name, tensor in load_file(out / "adapter_model.safetensors").items():
+        assert tensor.numel() and tensor.dtype == torch.float32, name
+        untouched = ".experts." in name and kind == "remote_cla"  # an expert that no token was sent to
+        assert "lora_B" not in name or untouched or tensor.any(), name
+    rows = reference.encode_rows(tmp_path / "eval.jsonl", AutoTokenizer.from_pretrained(example_tokenizer_dir))
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    expected = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
+    difference = abs(reference.mean_loss(model, rows, 4) - expected)
+    print(f"{kind} {stage}: largest difference {difference:.1e}")
+    assert difference <= 1e-6
