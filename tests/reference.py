@@ -111,6 +111,13 @@ def built_on_the_cpu(directory: Path) -> torch.nn.Module:
     return model.float()
 
 
+def load(directory: Path) -> torch.nn.Module:
+    """A directory's model without a line of ours."""
+    if json.loads((directory / "config.json").read_text())["model_type"] == "hunyuan":
+        return built_on_the_cpu(directory)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
 # --- training ------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +159,7 @@ def train(
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or model_dir, trust_remote_code=True)
     rows = encode_rows(rows_file, tokenizer, max_seq_length)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32) if model is None else model
+    model = load(model_dir) if model is None else model
     weights = list(model.train().parameters())
     optimizer = torch.optim.AdamW(weights, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 

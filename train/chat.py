@@ -20,7 +20,8 @@ import torch
 from jinja2 import TemplateError
 
 from console import Refused, read_json
-from merge_lora_weight import INDEX, Parser, newest
+from merge_lora_weight import Parser, newest
+from weights import INDEX
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FILES = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")

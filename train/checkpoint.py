@@ -13,16 +13,17 @@ import re
 import shutil
 import tempfile
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from console import Refused, choice, note, read_json
+from weights import open_tensors, read_tensors
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 RUN_FILES = ("checkpoint-*", "*.safetensors*", "config.json", "adapter_config.json", "train*_results.json")
@@ -95,20 +96,43 @@ def take_up(args, training: TrainingArguments) -> str | None:
     args.use_lora = (directory / "adapter_config.json").is_file()
     if not args.use_lora:
         args.model_name_or_path = str(directory)
-    elif args.model_name_or_path is None:
+    else:
+        open_tensors(directory / "adapter_model.safetensors")
+    if args.use_lora and args.model_name_or_path is None:
         args.model_name_or_path = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
     args.tokenizer_name_or_path = args.tokenizer_name_or_path or str(directory)
     return str(directory)
 
 
-def check_training_state(directory: str, deepspeed: bool) -> None:
-    """Refuse a checkpoint without the optimiser's state: the Trainer would begin with a fresh one and not say so."""
-    if not any(Path(directory).glob("global_step*" if deepspeed else "optimizer.pt")):
-        raise Refused(
-            f"--resume_from_checkpoint {directory}: holds no optimiser state of a run "
-            f"{'with' if deepspeed else 'without'} DeepSpeed. To begin anew from its weights, give it as "
-            "--model_name_or_path"
-        )
+def check_training_state(directory: str, deepspeed: bool, world_size: int) -> None:
+    """Refuse a checkpoint that lacks a part of the training's state: the Trainer would begin it afresh and not say so.
+
+    The optimiser's, the scheduler's, each rank's random state. What torch.save writes is a zip file, which ends in a
+    table: one that is cut has none.
+    """
+    checkpoint, advice = Path(directory), "To begin anew from its weights, give it as --model_name_or_path"
+    ranks = [""] if world_size == 1 else [f"_{rank}" for rank in range(world_size)]
+    needed = [checkpoint / "scheduler.pt", *(checkpoint / f"rng_state{rank}.pth" for rank in ranks)]
+    other = "optimizer.pt" if deepspeed else "latest"
+    if not deepspeed:
+        needed.insert(0, checkpoint / "optimizer.pt")
+    elif (checkpoint / "latest").is_file():
+        states = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
+        needed += [states, *states.glob("*.pt")]
+        number = len(list(states.glob("*optim_states.pt")))
+        if states.is_dir() and number != world_size:
+            raise Refused(
+                f"--resume_from_checkpoint {directory}: holds the optimizer states of {number} of {world_size} ranks. "
+                + advice
+            )
+    else:
+        needed.insert(0, checkpoint / "latest")
+    for file in needed:
+        why = "missing" if not file.exists() else "not whole"
+        if why == "missing" or not (file.is_dir() or zipfile.is_zipfile(file)):
+            if (checkpoint / other).exists():
+                why += f": the run that wrote it was {'without' if deepspeed else 'with'} DeepSpeed"
+            raise Refused(f"--resume_from_checkpoint {directory}: {file.name} is {why}. {advice}")
     note(f"going on from {directory}: weights, optimiser, scheduler, data position and random state")
 
 
@@ -227,11 +251,9 @@ class Companions:
                 files = beside_weights(Path(folder))
         if base is None or not Path(base).is_dir():
             return cls(files)
-        config, names, fp32 = read_json(Path(base) / "config.json"), set(), set()
-        for file in Path(base).glob("*.safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                names |= set(tensors.keys())
-                fp32 |= {n for n in tensors.keys() if tensors.get_slice(n).get_dtype() == "F32"}  # noqa: SIM118
+        config = read_json(Path(base) / "config.json")
+        tensors = read_tensors(Path(base))[1] if any(Path(base).glob("*.safetensors")) else {}
+        names, fp32 = set(tensors), {name for name, tensor in tensors.items() if tensor.dtype == "F32"}
         if (Path(base) / "kept_in_fp32.json").is_file():  # a checkpoint of a run without DeepSpeed: all of it is fp32
             fp32 = set(read_json(Path(base) / "kept_in_fp32.json")["tensors"])
         elif (config.get("dtype") or config.get("torch_dtype") or "float32") == "float32":
@@ -258,8 +280,8 @@ class Companions:
         """The base's own values of the named tensors."""
         values = {}
         for file in self.base.glob("*.safetensors") if names else ():
-            with safe_open(file, framework="pt") as tensors:
-                values |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
+            tensors = open_tensors(file)
+            values |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
         return values
 
     def write(self, directory: Path, dtype: torch.dtype | None, masters: bool = False) -> None:

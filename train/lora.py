@@ -7,9 +7,11 @@ targets are found here, module by module, and handed over in the form that lands
 Refused: a name that no module has, experts with dropout or DoRA, which PEFT cannot do on fused weights.
 """
 
+import warnings
 from collections import Counter
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -81,7 +83,15 @@ def add_adapter(model: PreTrainedModel, args, resume: str | None) -> PreTrainedM
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if resume is not None:
-        return PeftModel.from_pretrained(model, resume, is_trainable=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Found missing adapter keys")
+                return PeftModel.from_pretrained(model, resume, is_trainable=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
+            why = " ".join(str(error).split())[:300]
+            raise Refused(
+                f"--resume_from_checkpoint {resume}: adapter_model.safetensors does not load: {why}"
+            ) from error
     names, experts = find_targets(model, args.lora_target_modules)
     # a weight by its own name is left alone
     rewritten = {n for n in names if model.config.model_type == "hunyuan_v1_moe" and n.rpartition(".")[2] in REWRITTEN}

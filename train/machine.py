@@ -1,11 +1,13 @@
 """Where the run happens: the device, the other processes, the DeepSpeed file."""
 
+import contextlib
 import glob
 import json
 import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -83,3 +85,11 @@ def join_the_others(args: transformers.TrainingArguments) -> None:
     elif args.deepspeed:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())
+
+
+def let_all_come() -> None:
+    """Before a refusal ends the job, let every rank come to it: one that is killed while it loads DeepSpeed's extension
+    for CPUs leaves a lock behind, on which every later run waits for ever. Goes with that extension."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        with contextlib.suppress(RuntimeError):
+            torch.distributed.monitored_barrier(timeout=timedelta(seconds=20))

@@ -28,16 +28,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from console import Refused, choice, read_json
+from weights import INDEX, STORED, Stored, open_tensors, read_tensors, some
 
 OUTPUT_ROOT = Path(__file__).resolve().parent / "output"
-INDEX = "model.safetensors.index.json"
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}  # as --save_dtype and as safetensors headers spell them
-STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # What a half-precision base keeps in fp32 stays so; this tensor of Hy3 and Hy4, by both its names, in any base.
 FP32_SUFFIXES = ("e_score_correction_bias", "expert_bias")
 # What transformers names otherwise than the files of Hy3 and Hy4 do: (in the adapter, in the base).
@@ -63,7 +62,6 @@ LEFT_OUT = re.compile(
     r"|log_.*\.txt|loss\.png|train_results\.json|trainer_state\.json|previous-.*|zero_to_.*\.py"
 )
 
-Stored = namedtuple("Stored", "file shape dtype nbytes")  # a tensor of the base, as its file's header tells it
 # What it gains: keys of the adapter, a factor; of stacked experts how many there are, which one the tensor is (None:
 # all, fused), which rows of their lora_B are its own.
 Update = namedtuple("Update", "lora_A lora_B magnitude scaling experts expert rows", defaults=(0, None, slice(None)))
@@ -74,11 +72,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise Refused(f"{message}; --help lists the flags")
-
-
-def some(items: list[str]) -> str:
-    """The first few of a list, for a message."""
-    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
 def newest(files: tuple[str, ...]) -> Path | None:
@@ -95,43 +88,13 @@ def newest(files: tuple[str, ...]) -> Path | None:
     return max(found)[1] if found else None
 
 
-def open_tensors(path: Path) -> Any:
-    """A safetensors file, its header checked against its size; refuses one that is missing, cut or damaged."""
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        why = f"not a whole safetensors file ({error})" if path.exists() else "missing"
-        raise Refused(f"{path}: {why}; fetch or save it again") from None
-
-
 def read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Stored]]:
     """(config, index, {name: Stored} file by file) of a model directory, from headers alone; no index is {}. Refuses a
     directory that is quantised, not safetensors or not whole."""
-    config, index, listed = read_json(base / "config.json"), {}, {"model.safetensors": set()}
+    config = read_json(base / "config.json")
     if config.get("quantization_config"):
         raise Refused(f"{base / 'config.json'}: has a quantization_config; a quantised base cannot be merged into")
-    if not (base / "model.safetensors").is_file():  # loaders, too, look for it first
-        if not (base / INDEX).is_file():
-            raise Refused(
-                f"{base}: holds no model.safetensors. Convert pytorch_model.bin with AutoModelForCausalLM"
-                ".from_pretrained(BASE, dtype='auto').save_pretrained(NEW) and copy the tokenizer there"
-            )
-        index, listed = read_json(base / INDEX), {}
-        for name, file in index.get("weight_map", {}).items():
-            listed.setdefault(file, set()).add(name)
-    tensors = {}
-    for file, names in sorted(listed.items()):
-        handle = open_tensors(base / file)
-        held = handle.keys()
-        odd = sorted(names.symmetric_difference(held)) if index else []
-        if odd or Path(file).name != file:
-            raise Refused(f"{base / INDEX}: does not list what is in {file}: {some(odd)}; fetch or save both again")
-        for name in held:
-            part = handle.get_slice(name)
-            shape, dtype = tuple(part.get_shape()), part.get_dtype()
-            size = STORED[dtype].itemsize * math.prod(shape) if dtype in STORED else handle.get_tensor(name).nbytes
-            tensors[name] = Stored(file, shape, dtype, size)
-    return config, index, tensors
+    return config, *read_tensors(base)
 
 
 def plan_updates(adapter: Path, tensors: dict[str, Stored], tied: bool) -> tuple[Any, dict[str, Update]]:

@@ -21,6 +21,7 @@ from transformers import (
 from arguments import ModelArguments, TrainingArguments
 from console import Refused, choice, note, read_json
 from router import moe_layers, route_in_fp32
+from weights import read_tensors
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # What from_pretrained says of weights, and the names of those that do no harm: missing and mismatched ones would be
@@ -63,6 +64,8 @@ def check_directory(args: ModelArguments, packing: str = "none") -> None:
             raise Refused(
                 f"--model_name_or_path {path}: is quantised (quantization_config in config.json): train its base"
             )
+        if any(directory.glob("*.safetensors")):
+            read_tensors(directory)
         own = "AutoModelForCausalLM" in (config.get("auto_map") or {}) and trusts(args, path)
         if own and config.get("model_type") == LEGACY:
             from legacy_remote_code import check_code, runs_own_code

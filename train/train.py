@@ -14,6 +14,7 @@ anything else: failed.
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from checkpoint import (
 )
 from console import Refused, note
 from data import Collator, Options, load_data
+from machine import let_all_come
 from model import (
     accepts_loss_kwargs,
     check_directory,
@@ -75,7 +77,7 @@ def main(argv: list[str]) -> None:
             finish_from(Path(resume), training_args, companions, figures | dict.fromkeys(Meter.FIGURES))
         return
     if resume:
-        check_training_state(resume, bool(training_args.deepspeed))
+        check_training_state(resume, bool(training_args.deepspeed), training_args.world_size)
     probe = Probe(training_args.probe_file, tokenizer) if training_args.probe_file else None
 
     # 3. Model. Seeded before: what is drawn at random is drawn here.
@@ -158,7 +160,12 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Refused as refusal:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if first:
+            print(f"refused: {refusal}", file=sys.stderr, flush=True)
+        let_all_come()
+        if not first:  # the first has found the same, and its end ends this one; if not, it is said here
+            time.sleep(10)
             print(f"refused: {refusal}", file=sys.stderr, flush=True)
         leave(2)
     except SystemExit as stopped:

@@ -31,7 +31,6 @@ GENERATIONS = {  # name: (kind of make_model_dir, options, flags)
     "hy_v3, fused": ("hy_v3", {"fused": True}, []),
     "hy_v4": ("hy_v4", {}, []),
 }
-OWN_CODE = ("remote", "remote, CLA")
 # what every push runs; the rest with the campaign
 ALWAYS = ("hy_v3, fused",)
 
@@ -51,20 +50,18 @@ def table():
 
 def plainly_loaded(name, directory):
     """A directory's model without a line of ours."""
-    if name in OWN_CODE:
-        return reference.built_on_the_cpu(directory)
-    if name == "remote, as moe":
-        kept = json.loads((directory / "config.json").read_text())
-        kept = {key: value for key, value in kept.items() if key not in ("model_type", "auto_map", "architectures")}
-        kept["head_dim"] = kept["hidden_size"] // kept["num_attention_heads"]
-        cls = transformers.HunYuanMoEV1ForCausalLM
-        return cls.from_pretrained(directory, config=transformers.HunYuanMoEV1Config(**kept), dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    if name != "remote, as moe":
+        return reference.load(directory)
+    kept = json.loads((directory / "config.json").read_text())
+    kept = {key: value for key, value in kept.items() if key not in ("model_type", "auto_map", "architectures")}
+    kept["head_dim"] = kept["hidden_size"] // kept["num_attention_heads"]
+    config = transformers.HunYuanMoEV1Config(**kept)
+    return transformers.HunYuanMoEV1ForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32)
 
 
 def as_made(name, directory):
     """What make_model_dir made, its weights not read but drawn again; with code of its own the class built here."""
-    if name in (*OWN_CODE, "remote, as moe"):
+    if name.startswith("remote"):
         return plainly_loaded(name, directory)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

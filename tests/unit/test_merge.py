@@ -403,7 +403,7 @@ REFUSED = {  # what is done to (base b, adapter a, output o), and what is said
     ),
     "no-base": (lambda b, a, o: shutil.rmtree(b), "not a directory here; give --base_model_path"),
     "no-config": (lambda b, a, o: (b / "config.json").unlink(), "config.json: not a readable json object"),
-    "no-weights": (lambda b, a, o: (b / INDEX).unlink(), "holds no model.safetensors. Convert pytorch_model.bin"),
+    "no-weights": (lambda b, a, o: (b / INDEX).unlink(), "holds no model.safetensors and no"),
     "quantised": (lambda b, a, o: edit_json(b / "config.json", quantization_config={"b": 4}), "quantization_config"),
     "no-shard": (lambda b, a, o: (b / SHARD).unlink(), f"{SHARD}: missing"),
     "cut-shard": (lambda b, a, o: os.truncate(b / SHARD, 9000), f"{SHARD}: not a whole safetensors file"),
