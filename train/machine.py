@@ -88,8 +88,11 @@ def join_the_others(args: transformers.TrainingArguments) -> None:
 
 
 def let_all_come() -> None:
-    """Before a refusal ends the job, let every rank come to it: one that is killed while it loads DeepSpeed's extension
-    for CPUs leaves a lock behind, on which every later run waits for ever. Goes with that extension."""
+    """Before a refusal ends the job, let every rank come to it.
+
+    One that is killed while it loads DeepSpeed's extension for CPUs leaves a lock behind, on which every later run
+    waits for ever. Goes when DeepSpeed has no such extension.
+    """
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         with contextlib.suppress(RuntimeError):
             torch.distributed.monitored_barrier(timeout=timedelta(seconds=20))
