@@ -57,7 +57,13 @@ STAGES = {
     "zero2": ["--deepspeed", "ds_zero2_no_offload.json"],
     "zero3": ["--deepspeed", "ds_zero3_no_offload.json"],
 }
-SLOW = (("full", "one"), ("lora", "one"), ("full", "zero3"), ("lora", "zero2"))  # each in another test, but for size
+SLOW = (
+    ("full", "one"),
+    ("lora", "one"),
+    ("full", "zero2"),
+    ("full", "zero3"),
+    ("lora", "zero2"),
+)  # each in another test, but for size
 
 
 @pytest.mark.parametrize(
