@@ -85,9 +85,7 @@ def main() -> None:
                     figures = json.loads(Path(folder, f"{way}-{rank}.json").read_text())
                     found.setdefault((way, rank), []).append(figures)
     print(f"\ncheckpoint of {size / 1e9:.2f} GB in bf16, ZeRO-3, two ranks, medians of {args.repeats}")
-    print(
-        "| way | rank | allocated at the peak | resident at the peak | allocated after loading |\n|---|---|---|---|---|"
-    )
+    print("| way | rank | allocated at the peak | resident at the peak | kept |\n|---|---|---|---|---|")
     for (way, rank), runs in found.items():
         cells = [statistics.median(run[key] for run in runs) / 1e9 for key in ("allocated", "resident", "kept")]
         print(f"| {way} | {rank} | " + " | ".join(f"{cell:.2f} GB" for cell in cells) + " |")

@@ -57,13 +57,7 @@ STAGES = {
     "zero2": ["--deepspeed", "ds_zero2_no_offload.json"],
     "zero3": ["--deepspeed", "ds_zero3_no_offload.json"],
 }
-SLOW = (
-    ("full", "one"),
-    ("lora", "one"),
-    ("full", "zero2"),
-    ("full", "zero3"),
-    ("lora", "zero2"),
-)  # each in another test, but for size
+ALWAYS = ("lora", "zero3")  # the others with the campaign
 
 
 @pytest.mark.parametrize(
@@ -72,7 +66,7 @@ SLOW = (
         pytest.param(
             what,
             stage,
-            marks=[pytest.mark.needs_gxx] * (stage != "one") + [pytest.mark.campaign] * ((what, stage) in SLOW),
+            marks=[pytest.mark.needs_gxx] * (stage != "one") + [pytest.mark.campaign] * ((what, stage) != ALWAYS),
         )
         for what in ("full", "lora")
         for stage in STAGES
