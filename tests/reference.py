@@ -17,9 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-import legacy_remote_code
-from conftest import TESTS
-
 IGNORED = -100
 Batch = dict[str, torch.Tensor]
 # Rows of one optimizer step: micro-batches (all ranks', accumulation outermost), each a list of row indices.
@@ -94,8 +91,10 @@ def trainer_order(
 
 def built_on_the_cpu(directory: Path) -> torch.nn.Module:
     """The class of fixtures/hunyuan_remote as a 4.41 program gets it: built on the CPU, the file's tensors put in."""
-    legacy_remote_code.bring_back_imports()
-    sys.path.insert(0, str(TESTS / "fixtures"))
+    from legacy_remote_code import bring_back_imports
+
+    bring_back_imports()
+    sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
     try:
         code = importlib.import_module("hunyuan_remote.modeling_hunyuan")
     finally:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from console import Refused
+from router import first_of
 
 # dense bf16 FLOP/s of one device, by a part of its name (the makers' data sheets)
 PEAK_FLOPS = {
@@ -152,7 +153,9 @@ def model_flops_utilization(model: torch.nn.Module, tokens_per_second: float, ar
     if peak is None:
         return None
     config = model.config
-    share = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
+    chosen = getattr(config, "moe_topk", None) or getattr(config, "num_experts_per_tok", 1)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", 1)
+    share = first_of(chosen) / first_of(experts)
     flops = 0.0
     for path, weight in model.named_parameters():
         if "embed_tokens" not in path or getattr(config, "tie_word_embeddings", False):

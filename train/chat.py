@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from console import Refused, read_json
-from merge_lora_weight import Parser, newest
+from console import Parser, Refused, newest, read_json
+from merge_lora_weight import OUTPUT_ROOT
 from weights import INDEX
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -36,7 +36,7 @@ def choose(model_dir: str | None, adapter_dir: str | None) -> tuple[Path, Path |
     """(model directory, adapter directory or None) from what was given; refuses what is neither."""
     model, adapter, why = model_dir and Path(model_dir), adapter_dir and Path(adapter_dir), "given"
     if not model and not adapter:
-        model, why = newest((ADAPTER_FILE, *MODEL_FILES)), "newest under train/output"
+        model, why = newest(OUTPUT_ROOT, (ADAPTER_FILE, *MODEL_FILES)), "newest under train/output"
         if not model:
             raise Refused("no model under train/output; train one with train.sh, or give a model directory")
     if model and (model / "adapter_config.json").is_file():

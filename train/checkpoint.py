@@ -14,15 +14,16 @@ import shutil
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+from transformers.core_model_loading import revert_weight_conversion
 
-from console import Refused, choice, note, read_json
+from console import Refused, note, read_json
 from weights import open_tensors, read_tensors
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
@@ -93,6 +94,8 @@ def take_up(args, training: TrainingArguments) -> str | None:
         raise Refused(
             f"--resume_from_checkpoint {directory}: is not a checkpoint (it has no whole trainer_state.json)"
         )
+    if args.use_lora and not (directory / "adapter_config.json").is_file():
+        raise Refused(f"--use_lora: {directory} is a checkpoint of all weights; give it as --model_name_or_path")
     args.use_lora = (directory / "adapter_config.json").is_file()
     if not args.use_lora:
         args.model_name_or_path = str(directory)
@@ -104,15 +107,19 @@ def take_up(args, training: TrainingArguments) -> str | None:
     return str(directory)
 
 
-def check_training_state(directory: str, deepspeed: bool, world_size: int) -> None:
+def check_training_state(directory: str, args: TrainingArguments) -> None:
     """Refuse a checkpoint that lacks a part of the training's state: the Trainer would begin it afresh and not say so.
 
     The optimiser's, the scheduler's, each rank's random state. What torch.save writes is a zip file, which ends in a
     table: one that is cut has none.
     """
     checkpoint, advice = Path(directory), "To begin anew from its weights, give it as --model_name_or_path"
+    deepspeed, world_size = bool(args.deepspeed), args.world_size
+    engine = args.hf_deepspeed_config.config if deepspeed else {}
     ranks = [""] if world_size == 1 else [f"_{rank}" for rank in range(world_size)]
-    needed = [checkpoint / "scheduler.pt", *(checkpoint / f"rng_state{rank}.pth" for rank in ranks)]
+    own_scheduler = engine.get("scheduler") or engine.get("optimizer")  # then it is in the engine's states
+    needed = [] if own_scheduler else [checkpoint / "scheduler.pt"]
+    needed += [*(checkpoint / f"rng_state{rank}.pth" for rank in ranks)]
     other = "optimizer.pt" if deepspeed else "latest"
     if not deepspeed:
         needed.insert(0, checkpoint / "optimizer.pt")
@@ -120,7 +127,7 @@ def check_training_state(directory: str, deepspeed: bool, world_size: int) -> No
         states = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
         needed += [states, *states.glob("*.pt")]
         number = len(list(states.glob("*optim_states.pt")))
-        if states.is_dir() and number != world_size:
+        if states.is_dir() and number != world_size and engine.get("zero_optimization", {}).get("stage", 0) > 0:
             raise Refused(
                 f"--resume_from_checkpoint {directory}: holds the optimizer states of {number} of {world_size} ranks. "
                 + advice
@@ -188,23 +195,17 @@ def save_dtype(args: TrainingArguments) -> torch.dtype:
 
 
 def as_stored(
-    model: PreTrainedModel, state: dict[str, torch.Tensor], base_names: frozenset[str]
+    model: PreTrainedModel, state: dict[str, torch.Tensor], stored: dict[str, str]
 ) -> dict[str, torch.Tensor]:
-    """The state by the names of the base's files, its experts fused or one by one as they are there.
+    """The state by the names of the base's files; what they hold in another form, experts one by one, as transformers
+    takes it apart.
 
-    Under ZeRO-3 from_pretrained does not remember which conversions it used; goes when it does.
+    Args:
+        stored: {name in the model: name in the base's files}.
     """
-    conversions = getattr(model, "_weight_conversions", None) or []
-    if any(name.endswith(".experts.gate_up_proj") for name in base_names):
-        model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
-    return revert_weight_conversion(model, state)
-
-
-def stored_names(model: PreTrainedModel, base_names: frozenset[str]) -> dict[str, str]:
-    """{parameter or buffer: its name in a file}, but for routed experts."""
-    names = [name for name in model.state_dict() if ".experts." not in name]
-    numbered = as_stored(model, {name: torch.tensor(number) for number, name in enumerate(names)}, base_names)
-    return {names[int(number)]: stored for stored, number in numbered.items()}
+    known = {stored[name]: value for name, value in state.items() if name in stored}
+    others = {name: value for name, value in state.items() if name not in stored}
+    return known | (revert_weight_conversion(model, others) if others else {})
 
 
 def master_values(model: PreTrainedModel, names: set[str]) -> dict[str, torch.Tensor]:
@@ -226,19 +227,19 @@ class Companions:
     Attributes:
         files: name → content of the tokenizer's and the base's files at their top, weights and config left out.
         config: the base's config.json; None: the config stays as transformers saves it.
-        base: the base's directory.
         names: its tensors.
         fp32_names: those that stay fp32 in a half-precision directory: what the base keeps so beside weights in half
             precision (a router), and the correction bias of Hy3 and Hy4.
         unused: those of next-token-prediction layers, which transformers' classes do not have.
+        sources: the opened file of each of both.
     """
 
     files: dict[str, bytes]
     config: dict | None = None
-    base: Path | None = None
     names: frozenset[str] = frozenset()
     fp32_names: frozenset[str] = frozenset()
     unused: frozenset[str] = frozenset()
+    sources: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, base: str | None, tokenizer_path: str, tokenizer: PreTrainedTokenizerBase) -> "Companions":
@@ -261,28 +262,21 @@ class Companions:
         layers = config.get("num_hidden_layers") or math.inf
         beyond = {name for name in names if name.startswith("model.mtp_layers.")}
         beyond |= {n for n in names if (layer := re.match(r"model\.layers\.(\d+)\.", n)) and int(layer[1]) >= layers}
-        if beyond:
-            why = "layers for next-token prediction, which the class does not have: saved as the base has them"
-            choice("tensors copied", len(beyond), why)
         # the tokenizer's own files win: --tokenizer_name_or_path may be another directory than the base
         files = beside_weights(Path(base)) | files
-        return cls(files, config, Path(base), frozenset(names), frozenset(fp32), frozenset(beyond))
+        opened = {file: open_tensors(Path(base) / file) for file in {tensors[name].file for name in beyond | fp32}}
+        sources = {name: opened[tensors[name].file] for name in beyond | fp32}
+        return cls(files, config, frozenset(names), frozenset(fp32), frozenset(beyond), sources)
 
     def cast(self, state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Floating-point tensors of a file in `dtype`, but for `fp32_names`, which are fp32, and `unused`."""
-        kept = dict.fromkeys(self.fp32_names, torch.float32)
-        return {
-            name: value.to(kept.get(name, dtype)) if value.is_floating_point() and name not in self.unused else value
-            for name, value in state.items()
-        }
+        kept = dict.fromkeys(self.fp32_names | {n for n in state if n.endswith(CORRECTION_BIAS)}, torch.float32)
+        cast = {name for name, value in state.items() if value.is_floating_point()} - self.unused
+        return {n: value.to("cpu", kept.get(n, dtype)) if n in cast else value for n, value in state.items()}
 
     def base_values(self, names: set[str]) -> dict[str, torch.Tensor]:
         """The base's own values of the named tensors."""
-        values = {}
-        for file in self.base.glob("*.safetensors") if names else ():
-            tensors = open_tensors(file)
-            values |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
-        return values
+        return {name: self.sources[name].get_tensor(name) for name in names}
 
     def write(self, directory: Path, dtype: torch.dtype | None, masters: bool = False) -> None:
         """Put the files beside weights of `dtype`; None for an adapter, which has no config. `masters`: the weights

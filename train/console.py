@@ -1,8 +1,12 @@
-"""What the user is told: automatic choices, notes, refusals. Each once, from rank 0, and never a row's text."""
+"""What the user is told: automatic choices, notes, refusals, each once, from rank 0, and never a row's text; and what
+the offline scripts share in finding out what the user means."""
 
+import argparse
 import json
 import os
+import re
 from pathlib import Path
+from typing import NoReturn
 
 
 class Refused(Exception):
@@ -26,3 +30,24 @@ def read_json(path: Path) -> dict:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise Refused(f"{path}: not a readable json object: {error}") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that refuses with one message, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Refused(f"{message}; --help lists the flags")
+
+
+def newest(root: Path, files: tuple[str, ...]) -> Path | None:
+    """The directory right under `root` of which one of `files` changed last; a run with none of them at its top counts
+    with its newest checkpoint-N. None where there is none."""
+    found = []
+    for run in root.iterdir() if root.is_dir() else ():
+        checkpoints = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        for paths in ([] if re.search(r"\.tmp-\d+$", run.name) else [run], checkpoints):
+            there = [path / file for path in paths for file in files if (path / file).is_file()]
+            if there:
+                found.append(max((file.stat().st_mtime, file.parent) for file in there))
+                break
+    return max(found)[1] if found else None

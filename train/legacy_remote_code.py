@@ -24,14 +24,25 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 from transformers.utils import logging
 
 from console import Refused, choice, read_json
+from router import first_of
+from weights import check_whole
+
+LEGACY = "hunyuan"  # model_type of Hunyuan-Large and the first A13B
 
 
-def load_any(path: str | Path, **options) -> tuple[PreTrainedModel, dict]:
+def brings_old_code(config: dict) -> bool:
+    """Whether a config.json is that of a directory with code of transformers 4.41. A13B is published as `hunyuan` and
+    as transformers' `hunyuan_v1_moe`, both times with that code beside it."""
+    code = (config.get("auto_map") or {}).get("AutoModelForCausalLM")
+    return bool(code) and config.get("model_type") in (LEGACY, "hunyuan_v1_moe", "hunyuan_v1_dense")
+
+
+def load_any(path: str | Path, model_code: str = "auto", **options) -> tuple[PreTrainedModel, dict]:
     """The model of a directory of any generation, its code trusted, and what from_pretrained says of it."""
     config = read_json(Path(path) / "config.json")
-    if config.get("model_type") == "hunyuan" and config.get("auto_map"):
+    if brings_old_code(config):
         check_code(Path(path), config["auto_map"])
-        return from_pretrained(str(path), config, "auto", **options)
+        return from_pretrained(str(path), config, model_code, **options)
     return AutoModelForCausalLM.from_pretrained(path, **options, trust_remote_code=True, output_loading_info=True)
 
 
@@ -44,29 +55,34 @@ def from_pretrained(path: str, config: dict, model_code: str, **options) -> tupl
         options: for from_pretrained of the class.
     """
     if runs_own_code(config, model_code):
-        why = not_native(config) or "--model_code remote"
+        why = (config["model_type"] == LEGACY and not_native(config)) or "--model_code remote"
         choice("model code", "the directory's own", why)
         cls = load_class(path, config["auto_map"])
         own = AutoConfig.from_pretrained(path, trust_remote_code=True)
         own.use_cache = False  # a cache is of a class that is gone
+        check_whole(path, cls, own)
         model, info = cls.from_pretrained(path, config=own, **options, output_loading_info=True)
         fill_buffers(model)
         if model.generation_config:
             model.generation_config.use_cache = False
         return model, info
-    kind = "HunYuanMoEV1" if (config.get("num_experts") or 1) > 1 else "HunYuanDenseV1"
+    experts = first_of(config.get("num_experts") or 1)
+    kind = "HunYuanMoEV1" if experts > 1 else "HunYuanDenseV1"
+    cls = getattr(transformers, f"{kind}ForCausalLM")
     choice("model code", f"transformers' {kind}", "it computes the same model, faster")
-    kept = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "architectures")}
-    kept["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    native = getattr(transformers, f"{kind}Config")(**kept)
-    return getattr(transformers, f"{kind}ForCausalLM").from_pretrained(
-        path, config=native, **options, output_loading_info=True
-    )
+    if config["model_type"] == LEGACY:
+        kept = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "architectures")}
+        kept["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        native = cls.config_class(**kept | {"num_experts": experts})
+    else:
+        native = cls.config_class.from_pretrained(path)
+    check_whole(path, cls, native)
+    return cls.from_pretrained(path, config=native, **options, output_loading_info=True)
 
 
 def runs_own_code(config: dict, model_code: str) -> bool:
     """Whether the directory's code runs, and not transformers' class."""
-    why = not_native(config)
+    why = not_native(config) if config["model_type"] == LEGACY else None  # the others name transformers' class
     if model_code == "native" and why:
         raise Refused(f"--model_code native: transformers' classes do not compute this model: it has {why}")
     return model_code == "remote" or (model_code == "auto" and why is not None)

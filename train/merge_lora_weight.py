@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from console import Refused, choice, read_json
+from console import Parser, Refused, choice, newest, read_json
 from weights import INDEX, STORED, Stored, open_tensors, read_tensors, some
 
 OUTPUT_ROOT = Path(__file__).resolve().parent / "output"
@@ -67,34 +67,17 @@ LEFT_OUT = re.compile(
 Update = namedtuple("Update", "lora_A lora_B magnitude scaling experts expert rows", defaults=(0, None, slice(None)))
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that refuses with one message, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise Refused(f"{message}; --help lists the flags")
-
-
-def newest(files: tuple[str, ...]) -> Path | None:
-    """The directory right under train/output of which one of `files` changed last; a run with none of them at its top
-    counts with its newest checkpoint-N. None where there is none."""
-    found = []
-    for run in OUTPUT_ROOT.iterdir() if OUTPUT_ROOT.is_dir() else ():
-        checkpoints = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-        for paths in ([] if re.search(r"\.tmp-\d+$", run.name) else [run], checkpoints):
-            there = [path / file for path in paths for file in files if (path / file).is_file()]
-            if there:
-                found.append(max((file.stat().st_mtime, file.parent) for file in there))
-                break
-    return max(found)[1] if found else None
-
-
 def read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Stored]]:
     """(config, index, {name: Stored} file by file) of a model directory, from headers alone; no index is {}. Refuses a
     directory that is quantised, not safetensors or not whole."""
     config = read_json(base / "config.json")
     if config.get("quantization_config"):
         raise Refused(f"{base / 'config.json'}: has a quantization_config; a quantised base cannot be merged into")
-    return config, *read_tensors(base)
+    index, tensors = read_tensors(base)
+    if index and (unlisted := sorted(tensors.keys() - index["weight_map"].keys())):
+        file = tensors[unlisted[0]].file
+        raise Refused(f"{base / INDEX}: does not list what is in {file}: {some(unlisted)}; fetch or save both again")
+    return config, index, tensors
 
 
 def plan_updates(adapter: Path, tensors: dict[str, Stored], tied: bool) -> tuple[Any, dict[str, Update]]:
@@ -290,17 +273,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     # 2. Which adapter, base and output
-    adapter = Path(args.adapter_model_path) if args.adapter_model_path else newest(("adapter_model.safetensors",))
+    given, held = args.adapter_model_path, "adapter_model.safetensors"
+    adapter = Path(given) if given else newest(OUTPUT_ROOT, (held,))
     if adapter is None:
         raise Refused(f"no adapter under {OUTPUT_ROOT}; train one with --use_lora, or give --adapter_model_path")
     adapter = adapter.resolve()
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise Refused(f"{adapter}: holds no adapter_model.safetensors; give the directory of an adapter")
+    if not (adapter / held).is_file():
+        raise Refused(f"{adapter}: holds no {held}; give the directory of an adapter")
     base_path = args.base_model_path or read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
     if not base_path or not Path(base_path).is_dir():
         raise Refused(f"base {base_path!r}: not a directory here; give --base_model_path")
     base, output = Path(base_path).resolve(), Path(args.output_path or f"{adapter}-merged").resolve()
-    choice("adapter_model_path", adapter, "given" if args.adapter_model_path else "newest under train/output")
+    choice("adapter_model_path", adapter, "given" if given else "newest under train/output")
     choice("base_model_path", base, "given" if args.base_model_path else "named by adapter_config.json")
     choice("output_path", output, "given" if args.output_path else "<adapter>-merged")
     if output in (base, adapter):

@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -21,14 +23,9 @@ from transformers import (
 from arguments import ModelArguments, TrainingArguments
 from console import Refused, choice, note, read_json
 from router import moe_layers, route_in_fp32
-from weights import read_tensors
+from weights import check_whole, read_tensors, some
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-# What from_pretrained says of weights, and the names of those that do no harm: missing and mismatched ones would be
-# trained from random values, unexpected ones would be lost when saving. A tied head may stand in the file as well
-# (ZeRO-2 writes it), and old files hold the rotary frequencies, which are computed.
-NOT_WHOLE = {"mismatched": r"$^", "missing": r"$^", "unexpected": r"^lm_head\.weight$|rotary_emb\.inv_freq$"}
-LEGACY = "hunyuan"  # model_type of Hunyuan-Large and the first A13B
 ROWS_RUN_TOGETHER = (
     "the model is code that its directory brings, which does not keep packed rows apart. Leave --packing out, or pass "
     "--trust_remote_code false where transformers knows the model"
@@ -36,6 +33,19 @@ ROWS_RUN_TOGETHER = (
 
 
 # ---------------------------------------------------------------------------------------------- directories, tokenizer
+
+
+def fetch(args: ModelArguments) -> None:
+    """Bring the files of a hub id here and go on with their directory, as what is saved is laid out like them."""
+    for flag in ("model_name_or_path", "tokenizer_name_or_path"):
+        path = getattr(args, flag)
+        if path is None or looks_local(path):
+            continue
+        args.trust_remote_code = bool(args.trust_remote_code)  # a directory of one's own is trusted, this is not
+        try:
+            setattr(args, flag, snapshot_download(path, cache_dir=args.cache_dir))
+        except (OSError, ValueError) as error:
+            raise Refused(f"--{flag} {path}: no such directory, and not fetched: {first_line(error)}") from error
 
 
 def check_directory(args: ModelArguments, packing: str = "none") -> None:
@@ -67,9 +77,9 @@ def check_directory(args: ModelArguments, packing: str = "none") -> None:
         if any(directory.glob("*.safetensors")):
             read_tensors(directory)
         own = "AutoModelForCausalLM" in (config.get("auto_map") or {}) and trusts(args, path)
-        if own and config.get("model_type") == LEGACY:
-            from legacy_remote_code import check_code, runs_own_code
+        from legacy_remote_code import brings_old_code, check_code, runs_own_code
 
+        if own and brings_old_code(config):
             check_code(directory, config["auto_map"])
             own = runs_own_code(config, args.model_code)
         if own and packing != "none":
@@ -89,8 +99,9 @@ def legacy_config(args: ModelArguments) -> dict | None:
     if not looks_local(path) or not trusts(args, path):
         return None
     config = read_json(Path(path) / "config.json")
-    legacy = config.get("model_type") == LEGACY and "AutoModelForCausalLM" in (config.get("auto_map") or {})
-    return config if legacy else None
+    from legacy_remote_code import brings_old_code
+
+    return config if brings_old_code(config) else None
 
 
 def looks_local(path: str) -> bool:
@@ -145,7 +156,7 @@ def load_model(
         note_ignored_architecture(args)
         path = args.model_name_or_path
         options = {"dtype": load_dtype(args, training), "attn_implementation": attention}
-        options |= {"ignore_mismatched_sizes": True}  # they are refused below, with their names
+        options |= {"ignore_mismatched_sizes": True}  # they are refused, with their names
         try:
             if config := legacy_config(args):
                 from legacy_remote_code import from_pretrained
@@ -153,6 +164,9 @@ def load_model(
                 model, info = from_pretrained(path, config, args.model_code, **options)
             else:
                 options |= {"trust_remote_code": trusts(args, path), "cache_dir": args.cache_dir}
+                config = AutoConfig.from_pretrained(path, trust_remote_code=trusts(args, path))
+                if type(config) in AutoModelForCausalLM._model_mapping:
+                    check_whole(path, AutoModelForCausalLM._model_mapping[type(config)], config)
                 model, info = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
         except Refused:
             raise
@@ -160,11 +174,9 @@ def load_model(
             raise
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise Refused(f"--model_name_or_path {path}: does not load: {first_line(error)}") from error
-        for kind, harmless in NOT_WHOLE.items():
-            found = (name if isinstance(name, str) else name[0] for name in info[f"{kind}_keys"])
-            if names := sorted(name for name in found if not re.search(harmless, name)):
-                listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-                raise Refused(f"--model_name_or_path {path}: {len(names)} weights are {kind}: {listed}")
+        for kind in ("missing", "mismatched"):  # of what check_whole does not know: other code, other files
+            if names := sorted(name if isinstance(name, str) else name[0] for name in info[f"{kind}_keys"]):
+                raise Refused(f"--model_name_or_path {path}: {len(names)} weights are {kind}: {some(names)}")
     if moe_layers(model):
         route_in_fp32(model)
     elif args.router_aux_loss_coef:

@@ -48,26 +48,27 @@ class Routers(TrainerCallback):
 
     def __init__(self, model: nn.Module, coefficient: float):
         self.coefficient, self.watching, self.mask = coefficient, False, None
-        self.seen: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # a layer's logits (tokens, experts), chosen (tokens, k)
-        self.counts: torch.Tensor | None = None  # (layers, experts), real tokens sent since the last log
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # with a coefficient: each layer's logits and choice
+        self.counts: dict[str, torch.Tensor] = {}  # of each layer: real tokens sent to each expert since the last log
         self.losses: list[torch.Tensor] = []  # since the last log
-        layers = moe_layers(model)
-        self.numbers = list(layers)
-        for index, layer in enumerate(layers.values()):
+        for number, layer in moe_layers(model).items():
             if type(layer).__module__.startswith("transformers.models."):
-                layer.gate.register_forward_hook(lambda gate, args, output: self.see(output[0], output[2]))
+                layer.gate.register_forward_hook(
+                    lambda gate, args, output, number=number: self.see(number, output[0], output[2])
+                )
             else:  # a directory's own code: before what is over an expert's capacity is dropped
-                k = getattr(model.config, "moe_topk", 1)
-                k = k[index] if isinstance(k, list) else k
+                k = first_of(getattr(model.config, "moe_topk", 1))
                 layer.gate.wg.register_forward_hook(
-                    lambda wg, args, logits, k=k: self.see(logits, logits.topk(k, dim=-1).indices)
+                    lambda wg, args, logits, number=number, k=k: self.see(number, logits, logits.topk(k).indices)
                 )
 
-    def see(self, logits: torch.Tensor, chosen: torch.Tensor) -> None:
+    def see(self, number: str, logits: torch.Tensor, chosen: torch.Tensor) -> None:
+        """A router's logits (tokens, experts) and the experts that it chose (tokens, k)."""
         if self.watching:
-            self.seen.append((logits, chosen))
+            counts = tokens_per_expert(logits, chosen, self.real(logits))
+            self.counts[number] = self.counts[number] + counts if number in self.counts else counts
+            if self.coefficient:
+                self.seen.append((logits, chosen))
 
     @contextmanager
     def watch(self, attention_mask: torch.Tensor | None) -> Iterator[None]:
@@ -81,9 +82,6 @@ class Routers(TrainerCallback):
             yield
         finally:
             self.watching = False
-        real = self.real(self.seen[0][0])
-        counts = torch.stack([tokens_per_expert(logits, chosen, real) for logits, chosen in self.seen])
-        self.counts = counts if self.counts is None else self.counts + counts
 
     def real(self, logits: torch.Tensor) -> torch.Tensor:
         """(tokens,) 1 for real tokens, 0 for padding."""
@@ -104,15 +102,20 @@ class Routers(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Give the load of each layer to those that report (TensorBoard); the log's own history stays small."""
-        if "loss" not in (logs or {}) or self.counts is None:
+        if "loss" not in (logs or {}):
             return
-        shares = reduce(self.counts).double()
-        shares = (shares / shares.sum(dim=1, keepdim=True)).cpu()
-        self.counts = None
-        for number, share in zip(self.numbers, shares):
+        for number, counts in self.counts.items():
+            share = reduce(counts).double().cpu()
+            share /= share.sum()
             logs[f"expert_load/layer_{number}/least"] = share.min().item()
             logs[f"expert_load/layer_{number}/most"] = share.max().item()
             logs[f"expert_load/layer_{number}/entropy"] = torch.special.entr(share).sum().item()
+        self.counts = {}
+
+
+def first_of(value: int | list[int]) -> int:
+    """A setting of A13B's configuration may be a list with one entry a layer, all alike."""
+    return value[0] if isinstance(value, list) else value
 
 
 def tokens_per_expert(logits: torch.Tensor, chosen: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,7 @@ from model import (
     accepts_loss_kwargs,
     check_directory,
     check_packing,
+    fetch,
     load_model,
     load_tokenizer,
     number_of_parameters,
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> None:
     # 1. Arguments. What can be refused is refused here and in 2, before a model is loaded.
     model_args, data_args, training_args = parse_arguments(argv)
     note_without_effect(model_args, data_args, training_args)
+    fetch(model_args)
     base, resume = model_args.model_name_or_path, take_up(model_args, training_args)
     check_directory(model_args, data_args.packing)
     earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> None:
             finish_from(Path(resume), training_args, companions, figures | dict.fromkeys(Meter.FIGURES))
         return
     if resume:
-        check_training_state(resume, bool(training_args.deepspeed), training_args.world_size)
+        check_training_state(resume, training_args)
     probe = Probe(training_args.probe_file, tokenizer) if training_args.probe_file else None
 
     # 3. Model. Seeded before: what is drawn at random is drawn here.

@@ -11,9 +11,11 @@ from torch.utils.data import SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from callbacks import Meter, stop_if_not_finite
-from checkpoint import Companions, as_stored, master_values, save_dtype, stored_names
+from checkpoint import Companions, as_stored, master_values, save_dtype
+from console import choice
 from data import IGNORE_INDEX, Filled
 from router import Routers, moe_layers
+from weights import names_in_model
 
 TAKES_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
 
@@ -58,7 +60,11 @@ class Trainer(transformers.Trainer):
         self.routers = Routers(self.model, router_aux_loss_coef) if moe_layers(self.model) else None
         if self.routers:
             self.callback_handler.callbacks.insert(0, self.routers)  # before those that report
-        self.stored = {} if self.is_adapter else stored_names(self.model, companions.names)
+        if companions.unused and not self.is_adapter:
+            why = "layers for next-token prediction, which the class does not have: saved as the base has them"
+            choice("tensors copied", len(companions.unused), why)
+        found = {} if self.is_adapter else names_in_model(self.model, companions.names)
+        self.stored = {name: files[0] for name, files in found.items() if len(files) == 1}
         if self.args.should_save and self.is_deepspeed_enabled and not self.is_adapter:
             # the engine rounds them, and frozen tensors have no masters to read
             trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
@@ -79,7 +85,8 @@ class Trainer(transformers.Trainer):
         with self.routers.watch(inputs.get("attention_mask")):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.routers.coefficient:
-            loss = loss + self.routers.loss() / self.current_gradient_accumulation_steps
+            in_whole = self.model_accepts_loss_kwargs or self.compute_loss_func  # else the Trainer divides
+            loss = loss + self.routers.loss() / (self.current_gradient_accumulation_steps if in_whole else 1)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -143,7 +150,10 @@ class Trainer(transformers.Trainer):
         over those of the experts, which stand one by one in the file and fused in the model."""
         if self.is_deepspeed_enabled or self.is_adapter:
             return super()._load_best_model()
-        best = type(self.model).from_pretrained(self.state.best_model_checkpoint, dtype="auto")
+        from legacy_remote_code import load_any
+
+        code = "native" if type(self.model).__module__.startswith("transformers.models.") else "remote"
+        best, _ = load_any(self.state.best_model_checkpoint, code, dtype="auto")
         self.model.load_state_dict(best.state_dict())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -178,10 +188,10 @@ class Trainer(transformers.Trainer):
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         for tied in getattr(self.model, "all_tied_weights_keys", {}):
             state_dict.pop(tied, None)  # ZeRO-2 hands out both names of a tied tensor
-        state_dict = as_stored(self.model, state_dict, self.companions.names)
-        state_dict = self.companions.cast(state_dict | self.masters, dtype)
-        state_dict |= self.companions.base_values(self.companions.unused)
+        saved = self.companions.cast(as_stored(self.model, state_dict, self.stored) | self.masters, dtype)
+        saved |= self.companions.base_values(self.companions.unused)
+        state_dict.clear()  # the caller holds it too: its tensors go as their parts are written
         directory.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(directory, state_dict=state_dict, save_original_format=False)
+        self.model.save_pretrained(directory, state_dict=saved, save_original_format=False)
         torch.save(self.args, directory / "training_args.bin")
         self.companions.write(directory, dtype, masters)

@@ -1,9 +1,15 @@
 """The weights of a model directory, from the headers of its safetensors files: which tensors, where, of what shape and
-dtype. Refused (exit code 2): files that are missing, cut, or not as their index says."""
+dtype, and what they are called in transformers' class.
 
+Refused (exit code 2): files that are missing, cut, or not as their index says; tensors that are missing, unexpected or
+misshapen: they would be trained from random values, or lost when saving.
+"""
+
+import copy
 import math
 import re
 from collections import Counter, namedtuple
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from console import Refused, read_json
 
 INDEX = "model.safetensors.index.json"
+# Unexpected, and no harm: a tied head may stand in the file as well (ZeRO-2 writes it), and old files hold the rotary
+# frequencies, which are computed.
+HARMLESS = (r"^lm_head\.weight$", r"rotary_emb\.inv_freq$")
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors headers spell them
 
 Stored = namedtuple("Stored", "file shape dtype nbytes")  # a tensor, as its file's header tells it
@@ -49,11 +58,9 @@ def read_tensors(directory: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     for file, names in sorted(listed.items()):
         handle = open_tensors(directory / file)
         held = handle.keys()
-        odd = sorted(names.symmetric_difference(held)) if index else []
-        if odd or Path(file).name != file:
-            raise Refused(
-                f"{directory / INDEX}: does not list what is in {file}: {some(odd)}; fetch or save both again"
-            )
+        if (absent := sorted(names - set(held)) if index else []) or Path(file).name != file:
+            why = f"lists what is not in {file}: {some(absent)}; fetch or save both again"
+            raise Refused(f"{directory / INDEX}: {why}")
         for name in held:
             part = handle.get_slice(name)
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
@@ -74,3 +81,50 @@ def check_experts(directory: Path, tensors: dict[str, Stored]) -> None:
             usual = counts.most_common(1)[0][0]
             odd = [f"{name} {list(shape)}" for name, shape in shapes.items() if shape != usual]
             raise Refused(f"{directory}: experts unlike the layer's others, {list(usual)}: {some(odd)}")
+
+
+def names_in_model(model: Any, names: Iterable[str]) -> dict[str, list[str]]:
+    """{name in the model: its names in files}; several where experts stand one by one, which transformers stacks."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
+    own, found = set(model.state_dict()), {}
+    for name in names:
+        renamed = name if name in own else rename_source_key(name, renamings, converters)[0]
+        found.setdefault(renamed, []).append(name)
+    return found
+
+
+def check_whole(path: str | Path, cls: type, config: Any) -> None:
+    """Refuse a directory whose tensors are not those of the class, under every ZeRO stage alike and before they are
+    read: under ZeRO-3 from_pretrained does not tell of what is unexpected, and of shapes on one rank only."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    if not any(Path(path).glob("*.safetensors")):
+        return
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    with no_init_weights(), init_empty_weights(include_buffers=True):
+        model = cls(config)
+    tensors = read_tensors(Path(path))[1]
+    files, shapes = names_in_model(model, tensors), {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    ignored = [*HARMLESS, *(model._keys_to_ignore_on_load_unexpected or ())]
+    odd = {"missing": sorted(shapes.keys() - files.keys() - set(model.all_tied_weights_keys))}
+    odd["unexpected"] = [
+        name
+        for key in sorted(files.keys() - shapes.keys())
+        for name in files[key]
+        if not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    odd["mismatched"] = []
+    for key in sorted(shapes.keys() & files.keys()):
+        stored = [tensors[name].shape for name in files[key]]
+        if sum(map(math.prod, stored)) != math.prod(shapes[key]) or (len(stored) == 1 and stored[0] != shapes[key]):
+            odd["mismatched"].append(key)
+    for kind, names in odd.items():
+        if names:
+            raise Refused(f"--model_name_or_path {path}: {len(names)} weights are {kind}: {some(names)}")

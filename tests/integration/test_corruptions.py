@@ -17,6 +17,7 @@ from conftest import TRAIN
 
 WEIGHTS, ADAPTER, INDEX = "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"
 NORM, EXPERT = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.experts.2.down_proj.weight"
+SHARD = "model-00002-of-00004.safetensors"
 LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -49,9 +50,9 @@ def edit(name, **values):
     return lambda d: (d / name).write_text(json.dumps(json.loads((d / name).read_text()) | values))
 
 
-def unlist(d):
+def enlist(d):
     index = json.loads((d / INDEX).read_text())
-    del index["weight_map"][NORM]
+    index["weight_map"]["model.other"] = SHARD
     (d / INDEX).write_text(json.dumps(index))
 
 
@@ -60,7 +61,6 @@ def no_tokenizer(d):
         (d / name).unlink()
 
 
-SHARD = "model-00002-of-00004.safetensors"
 # what is spoiled, by name: (how, what the message has to say)
 MODEL = {
     "config deleted": (delete("config.json"), "has no config.json"),
@@ -85,7 +85,7 @@ SHARDED = {
     "shard cut": (cut(SHARD), f"{SHARD}: not a whole safetensors file"),
     "index deleted": (delete(INDEX), INDEX),
     "index cut": (cut(INDEX), INDEX),
-    "index without a tensor": (unlist, f"{INDEX}: does not list what is in"),
+    "index with another tensor": (enlist, f"{INDEX}: lists what is not in {SHARD}: model.other"),
 }
 CHECKPOINT = {
     "trainer_state deleted": (delete("trainer_state.json"), "is not a checkpoint"),

@@ -1,5 +1,7 @@
 """Weights that are not whole are refused with their names, experts included: nothing is trained from random values."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,3 +32,39 @@ def test_weights_that_are_not_whole(spoil, says, example_tokenizer_dir, example_
     assert run.returncode == 2 and f"--model_name_or_path {directory}: " in run.stderr, run.stderr[-2000:]
     assert says in run.stderr and "Traceback" not in run.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.needs_gxx
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        pytest.param(lambda state: state.update({EXTRA: torch.zeros(2)}), EXTRA, marks=pytest.mark.campaign),
+        (lambda state: state.update({NORM: torch.zeros(3)}), NORM),
+        pytest.param(lambda state: state.pop(EXPERT), "mlp.experts.down_proj", marks=pytest.mark.campaign),
+    ],
+    ids=["unexpected", "misshapen", "expert missing"],
+)
+def test_under_zero3_too(spoil, says, example_tokenizer_dir, example_rows, run_train, tmp_path):
+    directory = make_model_dir("moe", example_tokenizer_dir, tmp_path / "model")
+    state = load_file(directory / "model.safetensors")
+    spoil(state)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    args = ["--model_name_or_path", directory, "--train_data_file", example_rows, "--output_dir", tmp_path / "out"]
+    run = run_train([*args, "--deepspeed", "ds_zero3_no_offload.json"], launcher="torchrun", nproc=2)
+    assert run.returncode != 0 and run.stderr.count("refused: ") == 1 and says in run.stderr, run.stderr[-2000:]
+
+
+def test_a_hub_id_is_its_directory(make_model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path):
+    """From the hub's cache, there being no network: saved as the files are, config and all."""
+    snapshot = tmp_path / "cache" / "models--someone--hunyuan" / "snapshots" / ("0" * 40)
+    make_model_dir("dense", example_tokenizer_dir, snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    args = ["--train_data_file", example_rows, "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache"]
+    run = run_train([*args, "--max_steps", 1, "--model_name_or_path", "someone/hunyuan"])
+    assert run.returncode == 0, run.stderr[-3000:]
+    config = json.loads((snapshot / "config.json").read_text())
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    run = run_train([*args, "--max_steps", 1, "--model_name_or_path", "someone/else"])
+    assert run.returncode == 2 and "--model_name_or_path someone/else: no such directory" in run.stderr

@@ -122,6 +122,24 @@ def test_what_is_saved_is_the_bases_own_shape_when_transformers_class_trains(
     assert {k: t.shape for k, t in saved.items()} == {k: t.shape for k, t in given.items()}
 
 
+@pytest.mark.parametrize("code", ["auto", "remote"])
+def test_transformers_own_type_with_code_beside_it(
+    code, model_dir, example_tokenizer_dir, example_rows, run_train, losses, tmp_path
+):
+    """A13B as it is published now. The code is of the same time, and is not run unless asked for."""
+    directory, out = shutil.copytree(model_dir("remote", example_tokenizer_dir), tmp_path / "model"), tmp_path / "out"
+    config = json.loads((directory / "config.json").read_text()) | {"model_type": "hunyuan_v1_moe", "head_dim": 16}
+    (directory / "config.json").write_text(json.dumps(config))
+    args = ["--train_data_file", example_rows, "--max_steps", 2, "--logging_steps", 1, "--model_code", code]
+    run = run_train([*args, "--model_name_or_path", directory, "--output_dir", out])
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert ("model code = transformers' HunYuanMoEV1" in run.stdout) == (code == "auto")
+    same = ["--model_name_or_path", model_dir("remote", example_tokenizer_dir), "--output_dir", tmp_path / "same"]
+    assert run_train([*args, *same]).returncode == 0
+    assert losses(out) == losses(tmp_path / "same")
+    assert json.loads((out / "config.json").read_text()) == config
+
+
 def test_an_adapter_on_a_directorys_own_code(model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path):
     directory = model_dir("remote_cla", example_tokenizer_dir)
     args = ["--model_name_or_path", directory, "--train_data_file", example_rows, "--output_dir", tmp_path / "out"]

@@ -91,6 +91,11 @@ def test_the_tensors_are_the_bases(kind, fused, stage, odd_base, train):
             torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first
         )
         assert not (again / "kept_in_fp32.json").exists()
+        # in the same directory, where the checkpoint is rotated away before the end
+        more = ["--save_steps", 1, "--save_total_limit", 1, "--max_steps", 4, "--bf16"]
+        train(stage, "out", "--resume_from_checkpoint", out / "checkpoint-2", *more)
+        assert not (out / "checkpoint-2").exists()
+        assert load_file(out / "model.safetensors").keys() == given.keys()
 
 
 def test_an_fp32_base_keeps_the_correction_bias_in_fp32(model_dir, example_tokenizer_dir, train):

@@ -408,7 +408,7 @@ REFUSED = {  # what is done to (base b, adapter a, output o), and what is said
     "no-shard": (lambda b, a, o: (b / SHARD).unlink(), f"{SHARD}: missing"),
     "cut-shard": (lambda b, a, o: os.truncate(b / SHARD, 9000), f"{SHARD}: not a whole safetensors file"),
     "unlisted": (lambda b, a, o: unlist(b / INDEX), f"{INDEX}: does not list what is in model-00005-of-00005"),
-    "renamed": (lambda b, a, o: edit_tensors(b / SHARD, renamed("mlp", "mpl")), f"does not list what is in {SHARD}"),
+    "renamed": (lambda b, a, o: edit_tensors(b / SHARD, renamed("mlp", "mpl")), f"lists what is not in {SHARD}"),
     "full-output": (lambda b, a, o: (o.mkdir(), (o / "x").touch()), "is there and not empty"),
     "file-output": (lambda b, a, o: o.touch(), "is there and not empty"),
 }
