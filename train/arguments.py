@@ -92,6 +92,8 @@ class ModelArguments:
     type_vocab_size: int | None = option(None, "No effect: these models have no token types.")
     layer_norm_eps: float | None = option(None, "No effect: these models have no LayerNorm.")
 
+    hub_id = None  # what model_name_or_path was before its files were fetched
+
     def __post_init__(self):
         at_least(self, 1, "hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "lora_rank")
         at_least(self, 1, "num_experts", "moe_topk", "model_max_length", "lora_alpha", "vocab_size")

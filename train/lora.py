@@ -111,7 +111,6 @@ def add_adapter(model: PreTrainedModel, args, resume: str | None) -> PreTrainedM
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config)
-    base = Path(args.model_name_or_path)
-    if base.is_dir():  # the adapter is used from any directory
-        model.peft_config["default"].base_model_name_or_path = str(base.resolve())
+    # the adapter is used from any directory
+    model.peft_config["default"].base_model_name_or_path = args.hub_id or str(Path(args.model_name_or_path).resolve())
     return model

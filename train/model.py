@@ -42,6 +42,8 @@ def fetch(args: ModelArguments) -> None:
         if path is None or looks_local(path):
             continue
         args.trust_remote_code = bool(args.trust_remote_code)  # a directory of one's own is trusted, this is not
+        if flag == "model_name_or_path":
+            args.hub_id = path  # for the adapter's config
         try:
             setattr(args, flag, snapshot_download(path, cache_dir=args.cache_dir))
         except (OSError, ValueError) as error:

@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
     note_without_effect(model_args, data_args, training_args)
     fetch(model_args)
     base, resume = model_args.model_name_or_path, take_up(model_args, training_args)
+    fetch(model_args)  # the base that a resumed adapter names
     check_directory(model_args, data_args.packing)
     earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
 

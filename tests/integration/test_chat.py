@@ -15,7 +15,6 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import chat
-import merge_lora_weight
 from console import Refused
 
 TRAIN = Path(__file__).resolve().parents[2] / "train"
@@ -200,7 +199,7 @@ def test_end_of_file_leaves(base):
 
 
 def test_the_newest_under_train_output(base, adapter, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(merge_lora_weight, "OUTPUT_ROOT", tmp_path)
+    monkeypatch.setattr(chat, "OUTPUT_ROOT", tmp_path)
     with pytest.raises(Refused, match="no model under train/output"):
         chat.choose(None, None)
     for age, (name, source) in enumerate([("merged.tmp-77", base), ("lora", adapter), ("run/checkpoint-5", base)]):

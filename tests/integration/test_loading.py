@@ -66,5 +66,13 @@ def test_a_hub_id_is_its_directory(make_model_dir, example_tokenizer_dir, exampl
     assert run.returncode == 0, run.stderr[-3000:]
     config = json.loads((snapshot / "config.json").read_text())
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    lora = ["--use_lora", "--max_steps", 2, "--save_steps", 1, *args, "--output_dir", tmp_path / "lora"]
+    run = run_train([*lora, "--model_name_or_path", "someone/hunyuan"])
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        "someone/hunyuan"
+    )
+    run = run_train([*lora, "--resume_from_checkpoint", tmp_path / "lora" / "checkpoint-1"])
+    assert run.returncode == 0 and "going on from" in run.stdout, run.stderr[-3000:]
     run = run_train([*args, "--max_steps", 1, "--model_name_or_path", "someone/else"])
     assert run.returncode == 2 and "--model_name_or_path someone/else: no such directory" in run.stderr

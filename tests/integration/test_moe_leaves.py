@@ -8,13 +8,11 @@ import reference
 from router import moe_layers
 
 KINDS = ("moe", "hy_v3", "hy_v4", "remote", "remote_cla")
-ALWAYS = ("remote_cla",)  # the others with the campaign
 
 
 @pytest.mark.needs_gxx
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.campaign] * (kind not in ALWAYS)) for kind in KINDS]
-)
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind", KINDS)
 def test_ranks_that_route_apart(kind, model_dir, example_tokenizer_dir, example_rows, run_train, losses, tmp_path):
     """One row of a few tokens a rank, one layer with 32 experts: in every step each rank uses some that the other does
     not, which is looked at first."""
