@@ -11,7 +11,6 @@ import json
 import math
 import re
 import shutil
-import tempfile
 import time
 import zipfile
 from dataclasses import dataclass, field
@@ -20,18 +19,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.core_model_loading import revert_weight_conversion
 
 from console import Refused, note, read_json
-from weights import open_tensors, read_tensors
+from weights import CORRECTION_BIAS, open_tensors, read_tensors
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 RUN_FILES = ("checkpoint-*", "*.safetensors*", "config.json", "adapter_config.json", "train*_results.json")
 RUN_FILES += ("trainer_state.json",)
 NOT_COPIED = ("config.json", "README.md", "adapter_config.json", "train_results.json", "trainer_state.json")
 NOT_COPIED += ("log_*.txt", "*.png", "latest", "zero_to_fp32.py", "zero_to_torch.py", "kept_in_fp32.json")
-CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")  # of Hy3 and Hy4: fp32 in any base
 
 
 # ------------------------------------------------------------------------------------------------- an earlier run
@@ -101,8 +99,8 @@ def take_up(args, training: TrainingArguments) -> str | None:
         args.model_name_or_path = str(directory)
     else:
         open_tensors(directory / "adapter_model.safetensors")
-    if args.use_lora and args.model_name_or_path is None:
-        args.model_name_or_path = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+        if args.model_name_or_path is None:
+            args.model_name_or_path = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
     args.tokenizer_name_or_path = args.tokenizer_name_or_path or str(directory)
     return str(directory)
 
@@ -242,14 +240,9 @@ class Companions:
     sources: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, base: str | None, tokenizer_path: str, tokenizer: PreTrainedTokenizerBase) -> "Companions":
-        """Of the tokenizer, and of a base that is a directory (None or a hub id has no files here)."""
-        if Path(tokenizer_path).is_dir():
-            files = beside_weights(Path(tokenizer_path))
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                tokenizer.save_pretrained(folder)
-                files = beside_weights(Path(folder))
+    def read(cls, base: str | None, tokenizer_path: str) -> "Companions":
+        """Of the tokenizer's directory and the base's, where there is one."""
+        files = beside_weights(Path(tokenizer_path))
         if base is None or not Path(base).is_dir():
             return cls(files)
         config = read_json(Path(base) / "config.json")

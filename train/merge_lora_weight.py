@@ -33,12 +33,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from console import Parser, Refused, choice, newest, read_json
-from weights import INDEX, STORED, Stored, open_tensors, read_tensors, some
+from weights import CORRECTION_BIAS, INDEX, STORED, Stored, open_tensors, read_tensors, some
 
 OUTPUT_ROOT = Path(__file__).resolve().parent / "output"
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}  # as --save_dtype and as safetensors headers spell them
-# What a half-precision base keeps in fp32 stays so; this tensor of Hy3 and Hy4, by both its names, in any base.
-FP32_SUFFIXES = ("e_score_correction_bias", "expert_bias")
 # What transformers names otherwise than the files of Hy3 and Hy4 do: (in the adapter, in the base).
 RENAMED = ((".mlp.shared_experts.", ".mlp.shared_mlp."), (".gate_proj", ".linear_gate"))
 # Keys of adapter_config.json that make more of it than W + scaling * B @ A; so do other initialisations (PiSSA ...).
@@ -306,10 +304,10 @@ def main(argv: list[str] | None = None) -> None:
     saved, why = next((key for key in STORED if str(STORED[key]) == f"torch.{told}"), ""), "config.json of the base"
     if saved not in stored:  # not told, or not so
         saved, why = max(STORED, key=lambda dtype: stored[dtype]), "most of the base's weights"
-    keep = {
+    keep = {  # what a half-precision base keeps in fp32 stays so
         name
         for name, tensor in tensors.items()
-        if tensor.dtype not in STORED or (tensor.dtype == "F32" and (saved != "F32" or name.endswith(FP32_SUFFIXES)))
+        if tensor.dtype not in STORED or (tensor.dtype == "F32" and (saved != "F32" or name.endswith(CORRECTION_BIAS)))
     }
     saved, why = (DTYPES[args.save_dtype], "given") if args.save_dtype else (saved, why)
     choice("save_dtype", next(key for key in DTYPES if DTYPES[key] == saved), why)

@@ -23,7 +23,7 @@ from transformers import (
 from arguments import ModelArguments, TrainingArguments
 from console import Refused, choice, note, read_json
 from router import moe_layers, route_in_fp32
-from weights import check_whole, read_tensors, some
+from weights import check_whole, is_transformers_own, read_tensors, some
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 ROWS_RUN_TOGETHER = (
@@ -63,46 +63,45 @@ def check_directory(args: ModelArguments, packing: str = "none") -> None:
         check_architecture(args)
         check_tokenizer_directory(args)
         return
-    if looks_local(path):
-        directory = Path(path)
-        if not directory.is_dir():
-            raise Refused(f"--model_name_or_path {path}: no such directory")
-        if not (directory / "config.json").is_file():
-            raise Refused(f"--model_name_or_path {path}: has no config.json")
-        if not any(any(directory.glob(pattern)) for pattern in WEIGHTS):
-            raise Refused(f"--model_name_or_path {path}: holds no weights (*.safetensors)")
-        config = read_json(directory / "config.json")
-        if config.get("quantization_config"):
-            raise Refused(
-                f"--model_name_or_path {path}: is quantised (quantization_config in config.json): train its base"
-            )
-        if any(directory.glob("*.safetensors")):
-            read_tensors(directory)
-        own = "AutoModelForCausalLM" in (config.get("auto_map") or {}) and trusts(args, path)
+    directory = Path(path)
+    if not directory.is_dir():
+        raise Refused(f"--model_name_or_path {path}: no such directory")
+    if not (directory / "config.json").is_file():
+        raise Refused(f"--model_name_or_path {path}: has no config.json")
+    if not any(any(directory.glob(pattern)) for pattern in WEIGHTS):
+        raise Refused(f"--model_name_or_path {path}: holds no weights (*.safetensors)")
+    config = read_json(directory / "config.json")
+    if config.get("quantization_config"):
+        raise Refused(
+            f"--model_name_or_path {path}: is quantised (quantization_config in config.json): train its base"
+        )
+    if any(directory.glob("*.safetensors")):
+        read_tensors(directory)
+    own = "AutoModelForCausalLM" in (config.get("auto_map") or {}) and trusts(args)
+    if own:
         from legacy_remote_code import brings_old_code, check_code, runs_own_code
 
-        if own and brings_old_code(config):
+        if brings_old_code(config):
             check_code(directory, config["auto_map"])
             own = runs_own_code(config, args.model_code)
-        if own and packing != "none":
-            raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
+    if own and packing != "none":
+        raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
     check_tokenizer_directory(args)
 
 
 def check_tokenizer_directory(args: ModelArguments) -> None:
     path = args.tokenizer_name_or_path
-    if path and looks_local(path) and not Path(path).is_dir():
+    if path and not Path(path).is_dir():
         raise Refused(f"--tokenizer_name_or_path {path}: no such directory")
 
 
 def legacy_config(args: ModelArguments) -> dict | None:
     """The config.json of a directory of the 4.41 era, with code of its own, or None for any other."""
-    path = args.model_name_or_path
-    if not looks_local(path) or not trusts(args, path):
-        return None
-    config = read_json(Path(path) / "config.json")
     from legacy_remote_code import brings_old_code
 
+    if not trusts(args):
+        return None
+    config = read_json(Path(args.model_name_or_path) / "config.json")
     return config if brings_old_code(config) else None
 
 
@@ -111,16 +110,16 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
 
 
-def trusts(args: ModelArguments, path: str) -> bool:
-    """Whether code that `path` brings may run: from a local directory unless forbidden, from a hub when allowed."""
-    return looks_local(path) if args.trust_remote_code is None else args.trust_remote_code
+def trusts(args: ModelArguments) -> bool:
+    """Whether code that a directory brings may run: unless forbidden, which fetch() does for what comes from a hub."""
+    return args.trust_remote_code is not False
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer of `--tokenizer_name_or_path`, else the model's. It must have a chat template."""
     path = args.tokenizer_name_or_path or args.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(args, path), cache_dir=args.cache_dir)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(args))
     except Exception as error:  # the directory's own code may raise anything
         raise Refused(f"the tokenizer in {path} does not load: {type(error).__name__}: {first_line(error)}") from error
     if not tokenizer.chat_template:
@@ -165,8 +164,8 @@ def load_model(
 
                 model, info = from_pretrained(path, config, args.model_code, **options)
             else:
-                options |= {"trust_remote_code": trusts(args, path), "cache_dir": args.cache_dir}
-                config = AutoConfig.from_pretrained(path, trust_remote_code=trusts(args, path))
+                options |= {"trust_remote_code": trusts(args)}
+                config = AutoConfig.from_pretrained(path, trust_remote_code=trusts(args))
                 if type(config) in AutoModelForCausalLM._model_mapping:
                     check_whole(path, AutoModelForCausalLM._model_mapping[type(config)], config)
                 model, info = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
@@ -200,7 +199,7 @@ def load_model(
 
 def check_packing(model: PreTrainedModel, packing: str) -> None:
     """Refuse packing where attention would run across rows: transformers' own classes tell them by `position_ids`."""
-    if packing != "none" and not type(without_adapter(model)).__module__.startswith("transformers.models."):
+    if packing != "none" and not is_transformers_own(without_adapter(model)):
         raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
 
 

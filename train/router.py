@@ -10,6 +10,8 @@ from accelerate.utils import reduce
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from weights import is_transformers_own
+
 
 def moe_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{number of the layer: its module with router (`gate`) and `experts`}, of every generation."""
@@ -52,7 +54,7 @@ class Routers(TrainerCallback):
         self.counts: dict[str, torch.Tensor] = {}  # of each layer: real tokens sent to each expert since the last log
         self.losses: list[torch.Tensor] = []  # since the last log
         for number, layer in moe_layers(model).items():
-            if type(layer).__module__.startswith("transformers.models."):
+            if is_transformers_own(layer):
                 layer.gate.register_forward_hook(
                     lambda gate, args, output, number=number: self.see(number, output[0], output[2])
                 )

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
         figures |= {"num_bins": len(examples), "bin_fill": examples.fill}
         note(f"{figures['num_examples']} sequences in {len(examples)} bins, which are {examples.fill:.1%} full")
     tokenizer_path = model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    companions = Companions.read(base or model_args.model_name_or_path, tokenizer_path, tokenizer)
+    companions = Companions.read(base or model_args.model_name_or_path, tokenizer_path)
     if resume and last_step(resume) >= steps_of_run(training_args, len(examples)):
         note(f"{resume} is the end of a finished run: no step is left, its final files are written")
         training_args.distributed_state.wait_for_everyone()  # until all have looked at output_dir

@@ -15,7 +15,7 @@ from checkpoint import Companions, as_stored, master_values, save_dtype
 from console import choice
 from data import IGNORE_INDEX, Filled
 from router import Routers, moe_layers
-from weights import names_in_model
+from weights import is_transformers_own, names_in_model
 
 TAKES_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
 
@@ -152,7 +152,7 @@ class Trainer(transformers.Trainer):
             return super()._load_best_model()
         from legacy_remote_code import load_any
 
-        code = "native" if type(self.model).__module__.startswith("transformers.models.") else "remote"
+        code = "native" if is_transformers_own(self.model) else "remote"
         best, _ = load_any(self.state.best_model_checkpoint, code, dtype="auto")
         self.model.load_state_dict(best.state_dict())
 

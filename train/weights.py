@@ -22,6 +22,8 @@ INDEX = "model.safetensors.index.json"
 # Unexpected, and no harm: a tied head may stand in the file as well (ZeRO-2 writes it), and old files hold the rotary
 # frequencies, which are computed.
 HARMLESS = (r"^lm_head\.weight$", r"rotary_emb\.inv_freq$")
+# The router's correction of Hy3 and Hy4, by both its names: fp32 in any base.
+CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors headers spell them
 
 Stored = namedtuple("Stored", "file shape dtype nbytes")  # a tensor, as its file's header tells it
@@ -30,6 +32,11 @@ Stored = namedtuple("Stored", "file shape dtype nbytes")  # a tensor, as its fil
 def some(items: list[str]) -> str:
     """The first few of a list, for a message."""
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+def is_transformers_own(module: Any) -> bool:
+    """Whether a model or a part of it is of transformers' own classes, and not code that a directory brings."""
+    return type(module).__module__.startswith("transformers.models.")
 
 
 def open_tensors(path: Path) -> Any:

@@ -18,6 +18,7 @@ import reference
 from arguments import parse_arguments
 from conftest import TRAIN, run_command
 from model import load_model
+from weights import read_tensors
 
 STEPS, RATE = 8, 1e-3
 COLUMNS = ("load", "ZeRO-2", "ZeRO-3", "alone", "resume", "LoRA attention", "LoRA experts", "LoRA shared", "merge")
@@ -132,7 +133,7 @@ def test_generation(name, table, make_model_dir, example_tokenizer_dir, example_
     shutil.rmtree(base_copy)
     alone = [reference.mean_loss(plainly_loaded(name, d), evaluated, 4) for d in (full / "checkpoint-8", full)]
     cells["alone"] = difference(alone, [evaluation(full)] * 2)
-    names = [set(load_names(directory)) for directory in (base, full, full / "checkpoint-4")]
+    names = [read_tensors(directory)[1].keys() for directory in (base, full, full / "checkpoint-4")]
     assert names[0] == names[1] == names[2], "the files' tensors are not the base's"
 
     # going on from step 4, without the base
@@ -158,12 +159,3 @@ def test_generation(name, table, make_model_dir, example_tokenizer_dir, example_
     limits = {"load": 1e-5, "ZeRO-2": 1e-5, "ZeRO-3": 1e-5, "alone": 1e-5, "resume": 1e-6, "merge": 1e-5}
     wrong = {column: value for column, value in cells.items() if not value <= limits.get(column, 1e-5)}
     assert not wrong, wrong
-
-
-def load_names(directory):
-    """Names of the tensors in a directory's files."""
-    from safetensors import safe_open
-
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            yield from tensors.keys()

@@ -12,6 +12,15 @@ EXPERT, NORM = "model.layers.1.mlp.experts.2.down_proj.weight", "model.layers.1.
 EXTRA = "model.layers.7.mlp.up_proj.weight"
 
 
+def spoiled(spoil, tokenizer_dir, directory):
+    """A MoE's directory after `spoil` has changed its tensors."""
+    make_model_dir("moe", tokenizer_dir, directory)
+    state = load_file(directory / "model.safetensors")
+    spoil(state)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -23,10 +32,7 @@ EXTRA = "model.layers.7.mlp.up_proj.weight"
     ids=["missing", "unexpected", "misshapen", "expert missing"],
 )
 def test_weights_that_are_not_whole(spoil, says, example_tokenizer_dir, example_rows, run_train, tmp_path):
-    directory = make_model_dir("moe", example_tokenizer_dir, tmp_path / "model")
-    state = load_file(directory / "model.safetensors")
-    spoil(state)
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    directory = spoiled(spoil, example_tokenizer_dir, tmp_path / "model")
     args = ["--model_name_or_path", directory, "--train_data_file", example_rows, "--output_dir", tmp_path / "out"]
     run = run_train([*args, "--max_steps", 1])
     assert run.returncode == 2 and f"--model_name_or_path {directory}: " in run.stderr, run.stderr[-2000:]
@@ -45,10 +51,7 @@ def test_weights_that_are_not_whole(spoil, says, example_tokenizer_dir, example_
     ids=["unexpected", "misshapen", "expert missing"],
 )
 def test_under_zero3_too(spoil, says, example_tokenizer_dir, example_rows, run_train, tmp_path):
-    directory = make_model_dir("moe", example_tokenizer_dir, tmp_path / "model")
-    state = load_file(directory / "model.safetensors")
-    spoil(state)
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    directory = spoiled(spoil, example_tokenizer_dir, tmp_path / "model")
     args = ["--model_name_or_path", directory, "--train_data_file", example_rows, "--output_dir", tmp_path / "out"]
     run = run_train([*args, "--deepspeed", "ds_zero3_no_offload.json"], launcher="torchrun", nproc=2)
     assert run.returncode != 0 and run.stderr.count("refused: ") == 1 and says in run.stderr, run.stderr[-2000:]
