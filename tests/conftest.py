@@ -6,6 +6,7 @@ The helpers are plain functions and fixtures of the same name: a test asks for `
 import atexit
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -360,6 +362,24 @@ def run_command(command: list[str], env: dict[str, str] | None = None, timeout: 
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    """`run_here(script, args)`: a script of train/ in this process, for runs that end before a model trains: they need
+    not import torch anew. Returns CompletedProcess with text."""
+
+    def run(script: str, args: list) -> subprocess.CompletedProcess:
+        command, code = [script, *map(str, args)], 0
+        with monkeypatch.context() as patch, mock.patch.dict(os.environ):
+            patch.setattr(sys, "argv", command)
+            try:
+                runpy.run_path(str(TRAIN / script), run_name="__main__")
+            except SystemExit as end:
+                code = end.code or 0
+        return subprocess.CompletedProcess(command, code, *capfd.readouterr())
+
+    return run
 
 
 def run_train(

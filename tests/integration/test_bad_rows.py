@@ -83,13 +83,15 @@ def refused(run, says):
 
 
 @pytest.fixture
-def train(model_dir, example_tokenizer_dir, run_train, tmp_path):
-    """`train(file, flags…)`: train.py for one step on the file, with fast thinking allowed."""
+def train(model_dir, example_tokenizer_dir, run_train, run_here, tmp_path):
+    """`train(file, flags…)`: train.py for one step on the file, with fast thinking allowed; `train(…, here=True)` in
+    this process."""
     model = model_dir("dense", example_tokenizer_dir)
 
-    def run(file, *flags):
+    def run(file, *flags, here=False):
         args = ["--model_name_or_path", model, "--train_data_file", file, "--output_dir", tmp_path / "out"]
-        return run_train([*args, "--max_steps", 1, *flags])
+        args += ["--max_steps", 1, *flags]
+        return run_here("train.py", args) if here else run_train(args)
 
     return run
 
@@ -99,7 +101,7 @@ def test_a_bad_row_is_named(name, train, tmp_path):
     line, says = LINES[name]
     file = tmp_path / "rows.jsonl"
     file.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD + b"\n")
-    run = train(file)
+    run = train(file, here=name != "broken JSON")
     refused(run, f"1 of 3 rows are bad:\n{file}:2: {says}")
     assert "leave them out with --bad_rows skip" in run.stderr
     assert ("python -c" in run.stderr) == (name in ("Alpaca", "ShareGPT"))
@@ -113,14 +115,14 @@ FILES += ["JSON array", "JSON array, pretty", "JSON array, one line", "one objec
 @pytest.mark.parametrize("name", FILES)
 def test_a_bad_file_is_named(name, train, tmp_path):
     file, says = files(tmp_path)[name]
-    refused(train(tmp_path / file), says.format(file=tmp_path / file))
+    refused(train(tmp_path / file, here=True), says.format(file=tmp_path / file))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_row_too_long_is_named_with_overlong_error(train, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(GOOD + b"\n" + GOOD.replace(b"row", b"row " * 100) + b"\n")
-    refused(train(file, "--overlong", "error", "--max_seq_length", 64), f"(--overlong error):\n{file}:2: 4")
+    refused(train(file, "--overlong", "error", "--max_seq_length", 64, here=True), f"(--overlong error):\n{file}:2: 4")
 
 
 def test_10000_mutated_rows_are_trained_on_or_counted(example_rows, train, tmp_path):

@@ -48,7 +48,7 @@ WAYS = {  # name: (flags, ranks)
     "zero2": (["--deepspeed", "ds_zero2_no_offload.json"], 2),
     "two ranks": ([], 2),
 }
-GUARD = ("one", "lora", "zero3", "zero3, lora")
+GUARD = ("one", "zero3, lora")
 CASES = [
     pytest.param(
         name,

@@ -32,10 +32,9 @@ GENERATIONS = {  # name: (kind of make_model_dir, options, flags)
     "hy_v3, fused": ("hy_v3", {"fused": True}, []),
     "hy_v4": ("hy_v4", {}, []),
 }
-# what every push runs; the rest with the campaign
-ALWAYS = ("hy_v3, fused",)
 
-pytestmark = pytest.mark.needs_gxx
+# the parts stand, one by one, in tests that every push runs
+pytestmark = [pytest.mark.needs_gxx, pytest.mark.campaign]
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +79,7 @@ def merge(*args):
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.campaign) for name in GENERATIONS]
-)
+@pytest.mark.parametrize("name", GENERATIONS)
 def test_generation(name, table, make_model_dir, example_tokenizer_dir, example_rows, run_train, losses, tmp_path):
     cells = table[name]
     kind, options, own_flags = GENERATIONS[name]

@@ -23,7 +23,7 @@ FULL = (
     "--learning_rate 1e-5 --min_lr 1e-6 --warmup_ratio 0.01 --save_strategy steps --save_safetensors True "
     "--model_max_length 4096 --max_seq_length 4096 --bf16 --model_size 7B"
 )
-GUARD = {("lora", "deepspeed"), ("lora", "python"), ("full", "torchrun")}
+GUARD = {("lora", "deepspeed"), ("full", "torchrun")}
 TABLE = [
     pytest.param(name, launcher, marks=[] if (name, launcher) in GUARD else [pytest.mark.campaign])
     for name in ("lora", "full")

@@ -22,7 +22,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.campaign), "moe"])
 def test_loss_falls_and_the_final_directory_gives_it_again(
     kind, shared, model_dir, hy_tokenizer_dir, run_train, losses, tmp_path
 ):

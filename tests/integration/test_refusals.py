@@ -29,7 +29,7 @@ def good(model, rows, out):
     ids=["path", "no-config", "no-data", "empty-data", "bad-row", "flag", "ds-file", "number", "other-run", "flash"],
 )
 def test_refused_before_a_model_is_loaded(
-    spoil, says, model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path
+    spoil, says, model_dir, example_tokenizer_dir, example_rows, run_train, run_here, tmp_path
 ):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "bad.jsonl").write_text(example_rows.read_text(encoding="utf-8").splitlines()[0] + "\n{secret\n")
@@ -37,7 +37,8 @@ def test_refused_before_a_model_is_loaded(
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     args = good(model_dir("moe", example_tokenizer_dir), example_rows, tmp_path / "out")
     began = time.monotonic()
-    run = run_train(spoil(args, tmp_path))
+    args = spoil(args, tmp_path)
+    run = run_train(args) if "none.jsonl" in str(args) else run_here("train.py", args)
     took = time.monotonic() - began
     assert run.returncode == 2, run.stderr
     message = run.stderr[run.stderr.index("refused:") :]
@@ -59,10 +60,11 @@ def test_refused_before_a_model_is_loaded(
     ],
 )
 def test_an_architecture_that_the_class_cannot_express(
-    flags, says, example_tokenizer_dir, example_rows, run_train, tmp_path
+    flags, says, example_tokenizer_dir, example_rows, run_here, tmp_path
 ):
     args = ["--tokenizer_name_or_path", example_tokenizer_dir, "--train_data_file", example_rows]
-    run = run_train([*args, "--output_dir", tmp_path / "out", "--num_experts", 4, "--moe_topk", 2, *flags])
+    args += ["--output_dir", tmp_path / "out", "--num_experts", 4, "--moe_topk", 2, *flags]
+    run = run_here("train.py", args)
     assert run.returncode == 2 and says in run.stderr, run.stderr
 
 

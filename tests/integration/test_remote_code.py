@@ -156,14 +156,13 @@ def test_an_adapter_on_a_directorys_own_code(model_dir, example_tokenizer_dir, e
         ("modeling_hunyuan.py", [], "its code needs modeling_hunyuan.py, which is not there"),
         ("configuration_hunyuan.py", [], "its code needs configuration_hunyuan.py, which is not there"),
         (None, ["--model_code", "native"], "--model_code native: transformers' classes do not compute this model"),
-        (None, ["--packing", "batch"], "--packing batch: the model is code that its directory brings"),
     ],
 )
-def test_refused(spoil, flags, says, example_tokenizer_dir, example_rows, run_train, tmp_path):
+def test_refused(spoil, flags, says, example_tokenizer_dir, example_rows, run_here, tmp_path):
     directory = make_model_dir("remote_cla", example_tokenizer_dir, tmp_path / "model")
     if spoil:
         (directory / spoil).unlink()
     args = ["--model_name_or_path", directory, "--train_data_file", example_rows, "--output_dir", tmp_path / "out"]
-    run = run_train([*args, *flags])
+    run = run_here("train.py", [*args, *flags])
     assert run.returncode == 2 and says in run.stderr and "Traceback" not in run.stderr, run.stderr
     shutil.rmtree(directory)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.campaign)], ids=["full", "lora"])
 def test_goes_on_where_it_stopped(lora, model_dir, example_tokenizer_dir, example_rows, run_train, losses, tmp_path):
     flags = ["--train_data_file", example_rows, "--max_steps", 6, "--save_steps", 3, "--logging_steps", 1]
     flags += ["--learning_rate", 1e-3, "--per_device_train_batch_size", 4] + (

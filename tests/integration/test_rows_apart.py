@@ -97,12 +97,9 @@ def test_bins_train_as_their_rows_one_by_one(
 
 @pytest.mark.parametrize("packing", ["batch", "bin"])
 def test_packing_with_code_of_the_directory_is_refused(
-    packing, example_tokenizer_dir, example_rows, run_train, tmp_path
+    packing, example_tokenizer_dir, example_rows, run_here, tmp_path
 ):
-    model = make_model_dir("dense", example_tokenizer_dir, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling.Model"}
-    (model / "config.json").write_text(json.dumps(config))
+    model = make_model_dir("remote", example_tokenizer_dir, tmp_path / "model")
     args = ["--model_name_or_path", model, "--train_data_file", example_rows, "--output_dir", tmp_path / "out"]
-    run = run_train([*args, "--packing", packing])
+    run = run_here("train.py", [*args, "--model_code", "remote", "--packing", packing])
     assert run.returncode == 2 and f"--packing {packing}: the model is code that its directory brings" in run.stderr

@@ -86,7 +86,9 @@ print("LOSS", model(ids, labels=ids).loss.item())
 
 
 @pytest.mark.needs_gxx
-@pytest.mark.parametrize("stage", ["ds_zero2_no_offload.json", "ds_zero3_no_offload.json"])
+@pytest.mark.parametrize(
+    "stage", ["ds_zero2_no_offload.json", pytest.param("ds_zero3_no_offload.json", marks=pytest.mark.campaign)]
+)
 def test_what_zero_saves_loads_alone_tokenizer_included(
     stage, model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path
 ):
