@@ -258,6 +258,26 @@ def byte_size(text: str) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
+def choose_dtype(asked: str | None, config: dict, tensors: dict[str, Stored]) -> tuple[str, set[str]]:
+    """The dtype of the result, as headers spell it: what is asked for, else the base's; and the names of the tensors
+    that keep their own: what a half-precision base keeps in fp32, and what is not floating point."""
+    stored = Counter()
+    for tensor in tensors.values():
+        stored[tensor.dtype] += tensor.nbytes
+    told = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    bases, why = next((key for key in STORED if str(STORED[key]) == f"torch.{told}"), ""), "config.json of the base"
+    if bases not in stored:  # not told, or not so
+        bases, why = max(STORED, key=lambda dtype: stored[dtype]), "most of the base's weights"
+    keep = {
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype not in STORED or (tensor.dtype == "F32" and (bases != "F32" or name.endswith(CORRECTION_BIAS)))
+    }
+    saved, why = (DTYPES[asked], "given") if asked else (bases, why)
+    choice("save_dtype", next(key for key in DTYPES if DTYPES[key] == saved), why)
+    return saved, keep
+
+
 def main(argv: list[str] | None = None) -> None:
     """The job, step by step."""
     # 1. What is asked for
@@ -297,20 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     adapter_file, updates = plan_updates(adapter, tensors, config.get("tie_word_embeddings", False))
 
     # 4. In which dtype, in which files, and whether there is space for it
-    stored = Counter()
-    for tensor in tensors.values():
-        stored[tensor.dtype] += tensor.nbytes
-    told = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    saved, why = next((key for key in STORED if str(STORED[key]) == f"torch.{told}"), ""), "config.json of the base"
-    if saved not in stored:  # not told, or not so
-        saved, why = max(STORED, key=lambda dtype: stored[dtype]), "most of the base's weights"
-    keep = {  # what a half-precision base keeps in fp32 stays so
-        name
-        for name, tensor in tensors.items()
-        if tensor.dtype not in STORED or (tensor.dtype == "F32" and (saved != "F32" or name.endswith(CORRECTION_BIAS)))
-    }
-    saved, why = (DTYPES[args.save_dtype], "given") if args.save_dtype else (saved, why)
-    choice("save_dtype", next(key for key in DTYPES if DTYPES[key] == saved), why)
+    saved, keep = choose_dtype(args.save_dtype, config, tensors)
     dtypes = {name: tensor.dtype if name in keep else saved for name, tensor in tensors.items()}
     sizes = {
         name: tensor.nbytes if name in keep else STORED[saved].itemsize * math.prod(tensor.shape)
