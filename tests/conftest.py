@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -367,10 +368,11 @@ def run_command(command: list[str], env: dict[str, str] | None = None, timeout: 
 @pytest.fixture
 def run_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
     """`run_here(script, args)`: a script of train/ in this process, for runs that end before a model trains: they need
-    not import torch anew. Returns CompletedProcess with text."""
+    not import torch anew. A path elsewhere is run as it is. Returns CompletedProcess with text."""
 
-    def run(script: str, args: list) -> subprocess.CompletedProcess:
-        command, code = [script, *map(str, args)], 0
+    def run(script: str | Path, args: Sequence) -> subprocess.CompletedProcess:
+        command, code = [str(script), *map(str, args)], 0
+        capfd.readouterr()  # what was printed before is not the script's
         with monkeypatch.context() as patch, mock.patch.dict(os.environ):
             patch.setattr(sys, "argv", command)
             try:

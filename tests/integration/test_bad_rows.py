@@ -101,7 +101,7 @@ def test_a_bad_row_is_named(name, train, tmp_path):
     line, says = LINES[name]
     file = tmp_path / "rows.jsonl"
     file.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD + b"\n")
-    run = train(file, here=name != "broken JSON")
+    run = train(file, here=name != "broken JSON")  # that one as a user runs it
     refused(run, f"1 of 3 rows are bad:\n{file}:2: {says}")
     assert "leave them out with --bad_rows skip" in run.stderr
     assert ("python -c" in run.stderr) == (name in ("Alpaca", "ShareGPT"))

@@ -1,7 +1,7 @@
 """One table: every generation × {load, ZeRO-2, ZeRO-3, LoRA on attention, experts, shared experts, checkpoint alone,
 resume, merge}, with the difference that was measured in each cell.
 
-    pytest -s -m "campaign or not campaign" tests/integration/test_generations.py
+    pytest -s -m campaign tests/integration/test_generations.py
 """
 
 import json

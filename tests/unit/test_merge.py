@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -94,18 +93,12 @@ def one_thread():
 
 
 @pytest.fixture
-def merge(monkeypatch, capsys):
+def merge(run_here):
     """Runs the script as `python merge_lora_weight.py` does, in this process; returns (exit code, stdout, stderr)."""
 
     def run(*args, script: Path = SCRIPT) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(script), *map(str, args)])
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        done = run_here(script, args)
+        return done.returncode, done.stdout, done.stderr
 
     return run
 
