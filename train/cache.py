@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from console import Refused
-from launch import die_with_parent
+from node import die_with_parent
 from rows import Report, Unreadable, read_lines
 
 CHUNK = 2**19  # bytes of rows that are tokenized at a time

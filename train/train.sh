@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train on this machine. With nothing set it trains the embedded example; otherwise export or edit these, or give flags of train.py:
+# Train on this machine, or on many. With nothing set it trains the embedded example; otherwise export or edit these, or give flags
+# of train.py:
 #
 #   MODEL_PATH=/models/Hunyuan-7B-Instruct TRAIN_DATA_FILE=rows.jsonl bash train.sh --max_steps 200
 #
@@ -13,8 +14,17 @@ TRAIN_DATA_FILE=${TRAIN_DATA_FILE:-}  # jsonl of conversations; must be given wi
 OUTPUT_DIR=${OUTPUT_DIR:-}            # where everything goes; empty: train/output/<name of MODEL_PATH>[-lora]
 DS_CONFIG=${DS_CONFIG:-}              # ds_zero2_no_offload.json, ds_zero3_no_offload.json, ds_zero3_offload.json, a path, or none;
                                       # empty: ds_zero3_no_offload.json on GPUs, none on a CPU
-HOST_GPU_NUM=${HOST_GPU_NUM:-}        # processes; empty: one a GPU, or one on a CPU
-MASTER_PORT=${MASTER_PORT:-0}         # where the processes meet; 0: a free port
+
+# ------------------------------------------------------------------------------------------------ where to train
+HOST_GPU_NUM=${HOST_GPU_NUM:-}        # processes on each node; empty: one a GPU, or one on a CPU
+NODE_IP_LIST=${NODE_IP_LIST:-}        # several machines: ip:processes,ip:processes…; this one, the chief, is LOCAL_IP
+LOCAL_IP=${LOCAL_IP:-}                # address of this machine; empty: the first of NODE_IP_LIST
+NODES=${NODES:-}                      # number of machines, and of all processes: derived from NODE_IP_LIST, and
+NODE_NUM=${NODE_NUM:-}                #   refused where they contradict it
+SSH_PORT=${SSH_PORT:-}                # empty: what ssh's own configuration says
+MASTER_PORT=${MASTER_PORT:-}          # where the processes meet; empty: a free port on one machine, 29500 on several
+NET_IFNAME=${NET_IFNAME:-}            # network interface for NCCL and gloo; empty: the one that leads to the chief
+STALL_TIMEOUT=${STALL_TIMEOUT:-1800}  # seconds after which a collective that stalls ends the job
 
 # -------------------------------------------------------------------------------------------------------- the recipe
 RECIPE=(
@@ -72,7 +82,6 @@ for pair in MODEL_PATH:model_name_or_path TOKENIZER_PATH:tokenizer_name_or_path 
 done
 RESUME=$(flag resume_from_checkpoint "$@")
 LORA=$(flag use_lora "$@")
-case ${NODE_IP_LIST:-${IP_LIST:-}} in *,*) refuse "NODE_IP_LIST=${NODE_IP_LIST:-$IP_LIST}: several nodes are not supported yet; unset it" ;; esac
 
 # 2. The machine.
 GPUS=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
@@ -83,15 +92,15 @@ if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ "$GPUS" -gt 0 ]; then
 fi
 given "$(flag use_cpu "$@")" && GPUS=0
 if [ "$GPUS" -gt 0 ]; then
-    choose HOST_GPU_NUM "$GPUS" "the GPUs of this machine"
+    [ -n "$NODE_IP_LIST${IP_LIST:-}" ] || choose HOST_GPU_NUM "$GPUS" "the GPUs of this machine"
     choose DS_CONFIG ds_zero3_no_offload.json "the default on GPUs"
 else
-    choose HOST_GPU_NUM 1 "no GPU"
+    [ -n "$NODE_IP_LIST${IP_LIST:-}" ] || choose HOST_GPU_NUM 1 "no GPU"
     choose DS_CONFIG none "no GPU: DeepSpeed compiles for minutes on a CPU"
 fi
-[[ $HOST_GPU_NUM =~ ^[1-9][0-9]*$ ]] || refuse "HOST_GPU_NUM=$HOST_GPU_NUM: must be a number from 1"
-[ "$GPUS" -eq 0 ] || [ "$HOST_GPU_NUM" -le "$GPUS" ] || refuse "HOST_GPU_NUM=$HOST_GPU_NUM: only $GPUS GPUs are visible"
-[[ $MASTER_PORT =~ ^[0-9]+$ ]] || refuse "MASTER_PORT=$MASTER_PORT: must be a number"
+[[ ${HOST_GPU_NUM:-1} =~ ^[1-9][0-9]{0,6}$ ]] || refuse "HOST_GPU_NUM=$HOST_GPU_NUM: must be a number from 1"
+[ "$GPUS" -eq 0 ] || [ "${HOST_GPU_NUM:-1}" -le "$GPUS" ] || refuse "HOST_GPU_NUM=$HOST_GPU_NUM: only $GPUS GPUs are visible"
+[[ $STALL_TIMEOUT =~ ^[1-9][0-9]{0,8}$ ]] || refuse "STALL_TIMEOUT=$STALL_TIMEOUT: must be a number of seconds"
 
 # 3. The model and its rows.
 EXAMPLE=$HERE/example
@@ -137,11 +146,9 @@ if [ -n "$RATE" ] && [ -z "$(flag min_lr "$@")" ]; then  # the recipe's lowest r
     "$PYTHON" -c "import sys; sys.exit(float(sys.argv[1]) < float(sys.argv[2]))" "$RATE" "$LOWEST" 2>/dev/null || without min_lr
 fi
 
-FLAGS+=(--train_data_file "$TRAIN_DATA_FILE" --output_dir "$OUTPUT_DIR" --deepspeed "$DS_CONFIG")
+FLAGS+=(--train_data_file "$TRAIN_DATA_FILE" --output_dir "$OUTPUT_DIR" --deepspeed "$DS_CONFIG" --ddp_timeout "$STALL_TIMEOUT")
 [ -z "$MODEL_PATH" ] || FLAGS+=(--model_name_or_path "$MODEL_PATH")
 [ -z "$TOKENIZER_PATH" ] || FLAGS+=(--tokenizer_name_or_path "$TOKENIZER_PATH")
-COMMAND=("$PYTHON" "$HERE/train.py" "${FLAGS[@]}" "$@")
-[ "$HOST_GPU_NUM" -eq 1 ] || COMMAND=("$PYTHON" "$HERE/launch.py" "$HOST_GPU_NUM" "$MASTER_PORT" "${COMMAND[@]:1}")
 
 # 5. Run: output also in a log file, signals passed on, the exit code kept.
 mkdir -p "$OUTPUT_DIR" 2>/dev/null && [ -w "$OUTPUT_DIR" ] || refuse "OUTPUT_DIR=$OUTPUT_DIR: is not a directory that can be written"
@@ -150,14 +157,15 @@ exec > >(trap '' INT TERM HUP; exec tee -a "$LOG") 2>&1
 TEE=$!
 [ ${#CHOICES[@]} -eq 0 ] || printf '%s\n' "${CHOICES[@]}"
 export TQDM_MININTERVAL=${TQDM_MININTERVAL:-1}  # seconds; the bar goes to the log too
+export HOST_GPU_NUM NODE_IP_LIST LOCAL_IP NODES NODE_NUM SSH_PORT MASTER_PORT NET_IFNAME
+finish() { exec >&- 2>&-; wait "$TEE"; exit "$1"; }
+"$PYTHON" "$HERE/launch.py" --visit || finish $?  # hosts that ssh does not know: it asks, and reads the answer, here
 set -m  # the training in a process group of its own, with SIGINT not ignored
-"${COMMAND[@]}" &
+"$PYTHON" "$HERE/launch.py" --log "$LOG" "$HERE/train.py" "${FLAGS[@]}" "$@" &
 TRAINING=$!
 for signal in INT TERM HUP; do trap "kill -$signal $TRAINING 2>/dev/null || true" $signal; done
 set +e
 while kill -0 $TRAINING 2>/dev/null; do wait $TRAINING; CODE=$?; done
 wait $TRAINING; LAST=$?
 [ $LAST -eq 127 ] || CODE=$LAST
-exec >&- 2>&-
-wait $TEE
-exit "$CODE"
+finish "$CODE"

@@ -76,7 +76,7 @@ def test_an_architecture_that_the_class_cannot_express(
         ({}, ["--resume_from_checkpoint", "x/checkpoint-1"], "TRAIN_DATA_FILE is not set"),
         ({"OUTPUT_DIR": "o"}, ["--use_lora"], "run first: bash"),
         ({"HOST_GPU_NUM": "many"}, [], "HOST_GPU_NUM=many"),
-        ({"NODE_IP_LIST": "10.0.0.1:8,10.0.0.2:8"}, [], "several nodes are not supported yet"),
+        ({"STALL_TIMEOUT": "soon"}, [], "STALL_TIMEOUT=soon"),
     ],
 )
 def test_train_sh_refuses_before_it_starts_anything(env, flags, says, tmp_path):
