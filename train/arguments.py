@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
 
 from console import Refused, choice, note
-from machine import choose_device, join_the_others, read_deepspeed_file
+from machine import choose_device, join_the_others, meet_on_cpus, read_deepspeed_file
 
 
 def option(default=None, text: str = "", factory=None):
@@ -192,6 +192,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 # a rate: under ZeRO-3 the absolute one asks the optimiser for what it has not
                 own["min_lr_rate"] = own.pop("min_lr", self.min_lr) / (self.learning_rate or 1)
             self.lr_scheduler_kwargs = own
+        meet_on_cpus(self)
         super().__post_init__()
         if self.deepspeed and self.use_cpu:  # before a ZeRO-3 model is built, else DeepSpeed sees a world of one
             import deepspeed

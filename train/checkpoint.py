@@ -9,6 +9,7 @@ Refused (exit code 2): an output directory that holds another run, or that is or
 
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -114,7 +115,11 @@ def check_training_state(directory: str, args: TrainingArguments) -> None:
     checkpoint, advice = Path(directory), "To begin anew from its weights, give it as --model_name_or_path"
     deepspeed, world_size = bool(args.deepspeed), args.world_size
     engine = args.hf_deepspeed_config.config if deepspeed else {}
-    ranks = [""] if world_size == 1 else [f"_{rank}" for rank in range(world_size)]
+    here = range(world_size)  # the ranks whose states are on this disk
+    if args.save_on_each_node:
+        first = args.process_index - args.local_process_index
+        here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    ranks = [""] if world_size == 1 else [f"_{rank}" for rank in here]
     own_scheduler = engine.get("scheduler") or engine.get("optimizer")  # then it is in the engine's states
     needed = [] if own_scheduler else [checkpoint / "scheduler.pt"]
     needed += [*(checkpoint / f"rng_state{rank}.pth" for rank in ranks)]
@@ -125,9 +130,10 @@ def check_training_state(directory: str, args: TrainingArguments) -> None:
         states = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
         needed += [states, *states.glob("*.pt")]
         number = len(list(states.glob("*optim_states.pt")))
-        if states.is_dir() and number != world_size and engine.get("zero_optimization", {}).get("stage", 0) > 0:
+        fits = number == world_size or args.save_on_each_node and number == len(here)
+        if states.is_dir() and not fits and engine.get("zero_optimization", {}).get("stage", 0) > 0:
             raise Refused(
-                f"--resume_from_checkpoint {directory}: holds the optimizer states of {number} of {world_size} ranks. "
+                f"--resume_from_checkpoint {directory}: holds the optimizer states of {number} of {len(here)} ranks. "
                 + advice
             )
     else:
@@ -215,6 +221,36 @@ def master_values(model: PreTrainedModel, names: set[str]) -> dict[str, torch.Te
         if name in names and (value := safe_get_full_fp32_param(parameter)) is not None:
             values[name] = value.detach().float().cpu()
     return values
+
+
+def gathered_state(model: PreTrainedModel, keep: bool) -> dict[str, torch.Tensor]:
+    """The whole state under ZeRO-3, on the CPU of the ranks that `keep` it; DeepSpeed's own way gives it to rank 0
+    alone. A parameter at a time. All ranks must call."""
+    import deepspeed
+
+    state = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if keep:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if keep:
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        state |= {name: buffer.cpu() for name, buffer in model.state_dict().items() if name not in names}
+    return state
+
+
+def write_on_this_rank(model: PreTrainedModel) -> None:
+    """Let save_pretrained write weights where the caller is, for --save_on_each_node: transformers 5.23 does so on
+    global rank 0 alone. Goes with the release that asks for the node (tests/unit/test_arguments.py says when)."""
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+
+
+def name_states(checkpoint: Path) -> None:
+    """Write `latest`, from which DeepSpeed finds its states: 0.19.8 does so on global rank 0 alone, on a node's own
+    disk too. Goes with the release that does it on every node."""
+    states = sorted(checkpoint.glob("global_step*"))
+    if states and not (checkpoint / "latest").exists():
+        (checkpoint / "latest").write_text(states[-1].name, encoding="utf-8")
 
 
 @dataclass

@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
     trainer.add_callback(ProgressLine())
 
     # 5. Run.
-    if earlier_run and trainer.is_world_process_zero():
+    if earlier_run and training_args.should_save:
         set_aside(Path(training_args.output_dir))
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.stop_if_not_finite()
@@ -163,7 +163,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Refused as refusal:
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        first = os.environ.get("RANK", "0") == "0"
         if first:
             print(f"refused: {refusal}", file=sys.stderr, flush=True)
         let_all_come()

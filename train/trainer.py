@@ -8,10 +8,19 @@ from pathlib import Path
 import torch
 import transformers
 from torch.utils.data import SequentialSampler
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from callbacks import Meter, stop_if_not_finite
-from checkpoint import Companions, as_stored, master_values, save_dtype
+from checkpoint import (
+    Companions,
+    as_stored,
+    gathered_state,
+    master_values,
+    name_states,
+    save_dtype,
+    write_on_this_rank,
+)
 from console import choice
 from data import IGNORE_INDEX, Filled
 from router import Routers, moe_layers
@@ -144,6 +153,8 @@ class Trainer(transformers.Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         self.stop_if_not_finite()
         super()._save_checkpoint(model, trial)
+        if self.args.save_on_each_node and self.args.should_save and self.is_deepspeed_enabled:
+            name_states(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
 
     def _load_best_model(self) -> None:
         """Without ZeRO and adapter by from_pretrained: the Trainer takes a file's tensors by their names and passes
@@ -167,6 +178,9 @@ class Trainer(transformers.Trainer):
             else:
                 fp32 = {name for name in trained if self.stored.get(name) in self.companions.fp32_names}
                 self.masters |= {self.stored[name]: value for name, value in master_values(self.model, fp32).items()}
+        if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled() and self.args.save_on_each_node:
+            state = {} if self.is_adapter else gathered_state(self.model, self.args.should_save)
+            return self._save(output_dir, state_dict=state)
         super().save_model(output_dir, _internal_call)
 
     @property
@@ -192,6 +206,8 @@ class Trainer(transformers.Trainer):
         saved |= self.companions.base_values(self.companions.unused)
         state_dict.clear()  # the caller holds it too: its tensors go as their parts are written
         directory.mkdir(parents=True, exist_ok=True)
+        if self.args.save_on_each_node:
+            write_on_this_rank(self.model)
         self.model.save_pretrained(directory, state_dict=saved, save_original_format=False)
         torch.save(self.args, directory / "training_args.bin")
         self.companions.write(directory, dtype, masters)

@@ -1,11 +1,16 @@
 """What is read from the command line and from files, and what is refused."""
 
+import inspect
 import json
+import os
+import types
 
 import pytest
+import transformers
 
 from arguments import parse_arguments
 from console import Refused
+from machine import join_the_others
 
 BASE = ["--output_dir", "out", "--use_cpu"]
 
@@ -93,3 +98,32 @@ def test_a_config_file_that_is_none(tmp_path, text):
     file.write_text(text)
     with pytest.raises(Refused, match="run.yaml"):
         parse_arguments([str(file)])
+
+
+@pytest.mark.parametrize(("tasks", "node", "local"), [("8(x2),4", 1, "8"), ("8(x2),4", 2, "4"), ("2", 0, "2")])
+def test_ranks_of_a_node_under_srun(tasks, node, local, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # put back at the end
+        monkeypatch.delenv(name)
+    slurm = {"STEP_NUM_TASKS": 20, "PROCID": 9, "LOCALID": 1, "STEP_TASKS_PER_NODE": tasks, "NODEID": node}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    join_the_others(types.SimpleNamespace(deepspeed=None))
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]) == ("9", "20", local)
+
+
+def test_transformers_still_starts_gloo_without_the_timeout():
+    """When this fails, machine.meet_on_cpus can go."""
+    source = inspect.getsource(transformers.TrainingArguments._setup_devices.func)
+    cpu, _, others = source.partition('accelerator_state_kwargs["cpu"] = True')[2].partition("elif")
+    assert "timeout" not in cpu and "timeout" in others
+
+
+def test_transformers_and_deepspeed_still_save_on_global_rank_0_alone():
+    """When this fails, checkpoint.write_on_this_rank or checkpoint.name_states can go."""
+    deepspeed = pytest.importorskip("deepspeed")
+    saves = inspect.getsource(transformers.PreTrainedModel.should_save_on_this_rank)
+    assert "_get_torch_distributed_rank() == 0" in saves
+    latest = inspect.getsource(deepspeed.DeepSpeedEngine.save_checkpoint)
+    assert "if save_latest and self.global_rank == 0" in latest
