@@ -1,0 +1,232 @@
+"""What ends a job on two machines: how soon, with which exit code and message, and what is left behind.
+
+    pytest -s -m "campaign or not campaign" tests/faults/test_faults.py
+
+prints the table. Real hosts (hosts.py), plain DDP over gloo, a run that would go on for hours.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hosts import SSH, SSH_PORT, TRAIN, Hosts, Job, why_not
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+OTHER = "/other/python train.py launch.py --output_dir /other"
+
+
+@pytest.fixture(scope="module")
+def table():
+    rows = [
+        "| fault | ends after | exit code | message | left on each host | the other job |",
+        "|---|---|---|---|---|---|",
+    ]
+    yield rows
+    print("\n" + "\n".join(rows))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    hosts = Hosts(tmp_path_factory.mktemp("hosts"))
+    yield hosts
+    hosts.close()
+
+
+class Bed:
+    """Two hosts, another job on each, and the job that something happens to."""
+
+    def __init__(self, two, model, rows, folder):
+        self.two, self.folder, self.out, self.undo = two, folder, folder / "out", []
+        self.data = folder / "data" / "rows.jsonl"
+        self.data.parent.mkdir()
+        shutil.copyfile(rows, self.data)
+        self.nodes = ",".join(f"{host.address}:1" for host in two)
+        self.env = {"MODEL_PATH": model, "TRAIN_DATA_FILE": self.data, "OUTPUT_DIR": self.out, "DS_CONFIG": "none"}
+        self.env["SSH_PORT"] = SSH_PORT
+        self.others = [Job(host, ["bash", "-c", f"exec -a '{OTHER}' sleep 3600"]) for host in two]
+
+    def start(self, **env):
+        command = ["bash", TRAIN / "train.sh", "--max_steps", 100000, "--save_steps", 3, "--max_seq_length", 64]
+        terminal = env.pop("terminal", False)
+        return Job(self.two[0], command, terminal=terminal, **({"NODE_IP_LIST": self.nodes} | self.env | env))
+
+    def on(self, host, script, undo=None):
+        """Change something there until the test ends."""
+        self.two[host].sh(script)
+        if undo:
+            self.undo.append((host, undo))
+
+    def rank(self, host):
+        """The process of the rank there."""
+        found = self.two[host].processes("train.py", str(self.out)).items()
+        (pid,) = (pid for pid, line in found if "launch.py" not in line)
+        return pid
+
+    def left(self):
+        """What is left of the job on each host: its scripts, its connections."""
+        return [
+            {**host.processes(str(self.out)), **host.processes("node.py"), **host.processes("sshd:", "notty")}
+            for host in self.two
+        ]
+
+
+@pytest.fixture
+def bed(two, model_dir, example_tokenizer_dir, example_rows, tmp_path):
+    bed = Bed(two, model_dir("dense", example_tokenizer_dir), example_rows, tmp_path)
+    yield bed
+    for host, script in reversed(bed.undo):
+        two[host].sh(script)
+    for other in bed.others:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(other.pid, signal.SIGKILL)
+
+
+def kill(bed, job):
+    os.kill(bed.rank(1), signal.SIGKILL)
+
+
+def kill_launcher(bed, job):
+    os.kill(next(iter(bed.two[1].processes("node.py"))), signal.SIGKILL)
+
+
+def stop(bed, job):
+    os.kill(bed.rank(1), signal.SIGSTOP)
+
+
+def unplug(bed, job):
+    bed.two[1].link("down")
+    bed.undo.append((1, "ip link set eth0 up"))
+
+
+def small_disk(bed):
+    bed.out.mkdir()
+    bed.on(1, f"mount -t tmpfs -o size=150k tmpfs {bed.out}", f"umount {bed.out}")
+
+
+def other_code(bed):
+    copy = shutil.copytree(TRAIN, bed.folder / "train", ignore=shutil.ignore_patterns("output", "__pycache__"))
+    with (copy / "data.py").open("a") as file:
+        file.write("# changed\n")
+    bed.on(1, f"mount --bind {copy} {TRAIN}", f"umount {TRAIN}")
+
+
+def no_data(bed):
+    bed.on(1, f"mount -t tmpfs tmpfs {bed.data.parent}", f"umount {bed.data.parent}")
+
+
+def unreachable(bed):
+    unplug(bed, None)
+
+
+def no_key(bed):
+    bed.on(1, f"mv {SSH}/authorized_keys {SSH}/aside", f"mv {SSH}/aside {SSH}/authorized_keys")
+
+
+def other_interpreter(bed):
+    folder = Path(sys.executable).parent
+    bed.on(1, f"mount -t tmpfs tmpfs {folder}", f"umount {folder}")
+
+
+def forget(bed):
+    bed.on(0, f"mv {SSH}/known_hosts {SSH}/aside", f"mv {SSH}/aside {SSH}/known_hosts")
+
+
+def take_port(bed):
+    listen = "import socket, time; s = socket.create_server(('', 29500)); time.sleep(3600)"
+    holder = Job(bed.two[0], ["python3", "-c", listen])
+    bed.others.append(holder)
+    time.sleep(1)
+
+
+ctrl_c = dict(terminal=True), lambda bed, job: job.type("\x03")
+terminate = {}, lambda bed, job: os.kill(job.pid, signal.SIGTERM)
+hang_up = dict(terminal=True), lambda bed, job: os.close(job.terminal)
+
+RUNNING = {  # fault: (environment, what happens in the middle of a step, exit code, what is said, seconds)
+    "rank 1 SIGKILL": ({}, kill, 137, r"failed: rank 1 on 10\.77\.0\.2: killed by SIGKILL", 60),
+    "launcher on node 2 SIGKILL": ({}, kill_launcher, 1, r"failed: node 10\.77\.0\.2: its launcher or the", 60),
+    "network of node 2 down": ({}, unplug, 1, r"failed: node 10\.77\.0\.2: ", 60),
+    "rank 1 SIGSTOP, STALL_TIMEOUT=30": (
+        {"STALL_TIMEOUT": 30}, stop, 1, r"rank 1 on 10\.77\.0\.2 did not end by itself: stopped \(SIGSTOP\)", 90
+    ),
+    "Ctrl-C": (*ctrl_c, 130, r"failed: stopped by SIGINT", 30),
+    "SIGTERM": (*terminate, 143, r"failed: stopped by SIGTERM", 30),
+    "SIGHUP, terminal closed": (*hang_up, 129, r"failed: stopped by SIGHUP", 30),
+}  # fmt: skip
+BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
+    "node 2's disk full": (small_disk, {}, 1, r"failed: rank 1 on 10\.77\.0\.2: exit code 1: .*[Nn]o space left"),
+    "other code on node 2": (
+        other_code,
+        {},
+        2,
+        r"10\.77\.0\.2: other code than on the chief \(data\.py\); run: scp -p -P 36005 \S+/data\.py 10\.77\.0\.2:",
+    ),
+    "data missing on node 2": (no_data, {}, 2, r"10\.77\.0\.2: .*rows\.jsonl is missing; run: scp -p "),
+    "wrong slots": (None, {"NODE_NUM": 5}, 2, r"NODE_NUM=5, but NODE_IP_LIST=\S+ there are 2 processes in all"),
+    "host key unknown, no terminal": (forget, {}, 2, r"10\.77\.0\.2: ssh does not know this host yet.* SHA256:\S+ "),
+    "node 2 unreachable": (unreachable, {}, 2, r"10\.77\.0\.2: (ssh: .*|no answer within 12 s); try: ssh -p 36005 "),
+    "node 2 wants a password": (
+        no_key,
+        {},
+        2,
+        r"10\.77\.0\.2: ssh: .*Permission denied.*; run: ssh-copy-id -p 36005 ",
+    ),
+    "no environment on node 2": (other_interpreter, {}, 2, r"10\.77\.0\.2: ssh: .*; \S+ has to be there too: install"),
+    "port taken": (take_port, {}, 2, r"MASTER_PORT=29500: Address already in use"),
+}
+CAMPAIGN = ("launcher on node 2 SIGKILL", "rank 1 SIGSTOP, STALL_TIMEOUT=30", "Ctrl-C", "SIGHUP, terminal closed")
+CAMPAIGN += ("node 2's disk full", "node 2 unreachable")
+
+
+def cases(table):
+    return [pytest.param(name, marks=[pytest.mark.campaign] if name in CAMPAIGN else []) for name in table]
+
+
+def judge(name, bed, job, began, code, says, seconds, table):
+    ended = job.end()
+    took = time.monotonic() - began
+    for log in bed.out.glob("log_*.txt") if job.terminal else ():  # a terminal may be gone
+        job.output += log.read_text(errors="replace")
+    deadline = began + seconds
+    while any(bed.left()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    left, others = bed.left(), [other.code() is None for other in bed.others]
+    said = re.findall(r"^(?:failed|refused): .*(?:\n.*)?", job.output, re.MULTILINE)
+    message = " ".join(said[-1].replace("|", "/").split())[:150] if said else "–"
+    table.append(
+        f"| {name} | {took:.0f} s | {ended} | {message} | {', '.join(str(len(x)) for x in left)} | {others} |"
+    )
+    assert ended == code, job.output[-3000:]
+    assert took < seconds
+    assert re.search(says, job.output), job.output[-3000:]
+    assert not any(left) and all(others)
+
+
+@pytest.mark.parametrize("name", cases(RUNNING))
+def test_in_the_middle_of_a_run(name, bed, table):
+    env, happens, code, says, seconds = RUNNING[name]
+    job = bed.start(**env)
+    job.wait_for(r"step 5/")
+    began = time.monotonic()
+    happens(bed, job)
+    judge(name, bed, job, began, code, says, seconds, table)
+
+
+@pytest.mark.parametrize("name", cases(BEFORE))
+def test_before_it_begins(name, bed, table):
+    spoil, env, code, says = BEFORE[name]
+    if spoil:
+        spoil(bed)
+    began = time.monotonic()
+    job = bed.start(**env)
+    judge(name, bed, job, began, code, says, 15 if code == 2 else 60, table)
+    if code == 2:
+        assert not any(path.name.startswith("checkpoint-") for path in bed.folder.rglob("*"))
+        assert "Traceback" not in job.output
