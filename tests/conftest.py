@@ -38,6 +38,8 @@ MARKERS = {
 def pytest_configure(config: pytest.Config) -> None:
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a core each
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if "HYTEST_CACHE" not in os.environ:  # tokenized rows of tests are kept for this run of pytest only
         folder = tempfile.mkdtemp(prefix="rows-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -46,6 +48,11 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     ):  # as in the background of a shell; processes would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two workers; none where something is to be seen (`pytest -s`), which they would swallow."""
+    return 0 if config.option.capture == "no" else 2
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
