@@ -14,7 +14,8 @@ ALL = OURS | {f.name for f in dataclasses.fields(TrainingArguments)}
 MERGE_AND_CHAT = {"base_model_path", "adapter_model_path", "output_path", "save_dtype", "max_shard_size", "verify"}
 MERGE_AND_CHAT |= {"adapter", "prompt", "no_think"}
 DATA_PY = {"model", "file", "row"}
-OTHERS = {"help", "logdir", "nproc_per_node", "no-build-isolation"}  # of tensorboard, torchrun and pip
+OTHERS = {"help", "logdir", "nproc_per_node", "no-build-isolation", "nnodes", "node_rank", "master_addr"}
+OTHERS |= {"ntasks-per-node", "gpus-per-node", "network", "shm-size"}  # of tensorboard, torchrun, pip, srun, docker
 
 
 def commands(text):
