@@ -29,6 +29,7 @@ MARKERS = {
     "campaign": "long tables, deselected by default: pytest -m campaign",
     "needs_gxx": "compiles a DeepSpeed extension: needs g++ and ninja",
     "needs_gpu": "needs an NVIDIA GPU that torch can use",
+    "needs_hosts": "several hosts on this machine: needs root, network namespaces, sshd and ip",
 }
 
 
@@ -66,6 +67,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no GPU that torch can use: run on a machine with an NVIDIA GPU and its driver")
+    if item.get_closest_marker("needs_hosts"):
+        from hosts import why_not
+
+        if reason := why_not():
+            pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory):
+    """Two hosts (hosts.py) that trust each other; with the marker needs_hosts."""
+    from hosts import Hosts
+
+    hosts = Hosts(tmp_path_factory.mktemp("hosts"))
+    yield hosts
+    hosts.close()
 
 
 # --- real input and tokenizers -------------------------------------------------------------------------------------

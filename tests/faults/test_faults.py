@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from hosts import SSH, SSH_PORT, TRAIN, Hosts, Job, why_not
+from hosts import SSH, SSH_PORT, TRAIN, Job
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+pytestmark = pytest.mark.needs_hosts
 OTHER = "/other/python train.py launch.py --output_dir /other"
 
 
@@ -30,13 +30,6 @@ def table():
     ]
     yield rows
     print("\n" + "\n".join(rows))
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    hosts = Hosts(tmp_path_factory.mktemp("hosts"))
-    yield hosts
-    hosts.close()
 
 
 class Bed:

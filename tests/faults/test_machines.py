@@ -12,18 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import losses, run_train
-from hosts import SSH, SSH_PORT, TRAIN, Hosts, Job, why_not
+from hosts import SSH, SSH_PORT, TRAIN, Hosts, Job
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+pytestmark = pytest.mark.needs_hosts
 STAGES = {"zero2": "ds_zero2_no_offload.json", "zero3": "ds_zero3_no_offload.json"}
 STEPS = ["--max_steps", 6, "--logging_steps", 1, "--max_seq_length", 256, "--save_strategy", "no"]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    hosts = Hosts(tmp_path_factory.mktemp("hosts"))
-    yield hosts
-    hosts.close()
 
 
 @pytest.fixture
