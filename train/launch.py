@@ -63,9 +63,12 @@ class Printer:
                 sys.stdout.flush()
 
     def shown(self, host: str | None, text: str) -> str:
+        """The text as it is printed: a line that another node left unfinished is ended, each line begins with its
+        node's address, a carriage return begins a line too."""
         out = []
         if self.owner not in (None, host):  # in the middle of another's line, a progress bar mostly
-            out, self.owner, self.at_start = ["\n"], None, True
+            out.append("\n")
+            self.owner, self.at_start = None, True
         for part in re.findall(r"[\r\n]|[^\r\n]+", text):
             if part not in "\r\n":
                 if self.at_start and self.prefixed and host is not None:
@@ -116,15 +119,18 @@ class Watch:
                 node.send(signal=number)
 
     def end(self, grace: float) -> None:
+        """Every node lets its ranks end by themselves for `grace` seconds, then ends them."""
         self.ending, self.deadline = True, time.monotonic() + grace + KILL_SECONDS + 8
         for node in self.nodes:
             node.send(end=grace)
 
     def lost(self, node: Node, why: str) -> None:
+        """Nothing more is expected of a node."""
         node.done = True
         self.failures.append(Failure(f"node {node.host}: {why}", code=1, weight=2))
 
     def handle(self, node: Node, message: dict | None) -> None:
+        """One message of a node, as node.py lists them; None: its connection has ended."""
         node.heard = time.monotonic()
         if message is None:
             if not node.done:

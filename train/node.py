@@ -253,6 +253,12 @@ class Node:
         self.outbox.put({"output": text})
 
     def start(self, job: dict) -> None:
+        """Start this node's ranks.
+
+        Args:
+            job: log (a file, or None), slots, first_rank, world_size, node (its number), master [host, port], command
+                (without the interpreter), env (variables added to this process's own).
+        """
         if job["log"]:
             with contextlib.suppress(OSError):
                 self.log = open(job["log"], "a", encoding="utf-8")  # noqa: SIM115
@@ -273,6 +279,7 @@ class Node:
         self.deadlines = self.deadlines or [(asked, signal.SIGTERM), (asked + KILL_SECONDS, signal.SIGKILL)]
 
     def handle(self, message: dict) -> None:
+        """One message of the launcher; what cannot be examined becomes the answer {"error": …}."""
         if "examine" in message:
             self.marker = (message["examine"]["output"], message["examine"]["marker"])
             try:

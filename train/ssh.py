@@ -69,11 +69,14 @@ def read_nodes(env: dict[str, str]) -> list[Node]:
         )
     own = number_from(env, "HOST_GPU_NUM")
     number_from(env, "SSH_PORT", 65535)
-    default = own or number_of_gpus(env) or 1
     if name is None:
-        nodes = [Node("localhost", default)]
+        nodes = [Node("localhost", own or number_of_gpus(env) or 1)]
     else:
-        nodes = [read_entry(entry.strip(), name, default, env) for entry in env[name].strip(" ,").split(",")]
+        nodes = [read_entry(entry.strip(), name, env) for entry in env[name].strip(" ,").split(",")]
+        if not all(node.slots for node in nodes):  # nvidia-smi takes seconds: asked only where it is needed, once
+            default = own or number_of_gpus(env) or 1
+            for node in nodes:
+                node.slots = node.slots or default
         hosts = [node.host for node in nodes]
         twice = next((host for host in hosts if hosts.count(host) > 1), None)
         if twice:
@@ -99,13 +102,13 @@ def read_nodes(env: dict[str, str]) -> list[Node]:
     return nodes
 
 
-def read_entry(entry: str, name: str, default: int, env: dict[str, str]) -> Node:
-    """One `host:slots` of the list; an IPv6 address stands in brackets."""
+def read_entry(entry: str, name: str, env: dict[str, str]) -> Node:
+    """One `host:slots` of the list, 0 slots where it does not say; an IPv6 address stands in brackets."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?::([1-9][0-9]*))?", entry)
     if match is None:
         raise Refused(f"{name}: {entry!r}: each entry is host:slots, e.g. 10.0.0.2:8; the ssh port goes into SSH_PORT")
-    slots = int(match[2] or default)
-    if match[2] and (slots > 1024 or match[2] == env.get("SSH_PORT")):
+    slots = int(match[2] or 0)
+    if slots > 1024 or match[2] and match[2] == env.get("SSH_PORT"):
         raise Refused(f"{name}: {entry}: {slots} slots? That looks like a port: the ssh port goes into SSH_PORT")
     return Node(match[1].strip("[]"), slots)
 

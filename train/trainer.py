@@ -178,7 +178,7 @@ class Trainer(transformers.Trainer):
             else:
                 fp32 = {name for name in trained if self.stored.get(name) in self.companions.fp32_names}
                 self.masters |= {self.stored[name]: value for name, value in master_values(self.model, fp32).items()}
-        if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled() and self.args.save_on_each_node:
+        if self.args.save_on_each_node and is_deepspeed_zero3_enabled():
             state = {} if self.is_adapter else gathered_state(self.model, self.args.should_save)
             return self._save(output_dir, state_dict=state)
         super().save_model(output_dir, _internal_call)
