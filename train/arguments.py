@@ -4,11 +4,12 @@ Refused here (exit code 2): an unknown flag or key, a value of the wrong type or
 file or DeepSpeed file that does not parse, a device that torch cannot use, a DeepSpeed value that contradicts a flag.
 """
 
+import argparse
 import difflib
 import json
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from console import Refused, choice, note
 from machine import choose_device, join_the_others, meet_on_cpus, read_deepspeed_file
+from resume import go_on_with, plan_of
 
 
 def option(default=None, text: str = "", factory=None):
@@ -93,6 +95,7 @@ class ModelArguments:
     layer_norm_eps: float | None = option(None, "No effect: these models have no LayerNorm.")
 
     hub_id = None  # what model_name_or_path was before its files were fetched
+    given = frozenset()  # the flags that this start was given
 
     def __post_init__(self):
         at_least(self, 1, "hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "lora_rank")
@@ -172,6 +175,12 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_dir: str | None = option(None, "Where TensorBoard's files go. Default: output_dir/runs/<time>.")
     save_safetensors: bool | None = yes_no("No effect: weights are always saved as safetensors.")
 
+    plan = None  # what a checkpoint says of its run; see resume.py
+
+    def __getstate__(self) -> dict:
+        """For training_args.bin: without a token."""
+        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
+
     def __post_init__(self):
         if self.output_dir is None:
             raise Refused("--output_dir is not given: say where the run's files go")
@@ -236,22 +245,30 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     if argv and not argv[0].startswith("-"):
         argv = config_file_as_flags(argv[0]) + argv[1:]
     parser = _Parser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    if not {"-h", "--help"} & set(argv):  # which shows the defaults
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
     namespace, unknown = parser.parse_known_args(launcher + argv)
     if unknown:
         known = [name for action in parser._actions for name in action.option_strings]
         flag = unknown[0].split("=")[0]
         near = difflib.get_close_matches(flag, known, n=1)
         raise Refused(f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else ""))
-    values = vars(namespace)
-    choose_evaluation(values)
+    given, flags = vars(namespace), [f for cls in parser.dataclass_types for f in fields(cls) if f.init]
+    values = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in flags}
+    resumed = given.get("resume_from_checkpoint") is not None
+    values = go_on_with(given, values) if resumed else values | given
+    chosen = dict(values)
+    choose_evaluation(chosen)
     try:
         model, data, training = (
-            cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in parser.dataclass_types
+            cls(**{f.name: chosen[f.name] for f in fields(cls) if f.init}) for cls in parser.dataclass_types
         )
     except Refused:
         raise
     except Exception as error:  # what TrainingArguments and DeepSpeed's configuration refuse themselves
         raise Refused(f"{' '.join(str(error).split())} ({type(error).__name__})") from error
+    model.given, training.plan = frozenset(given), plan_of(values, training)
     again = training.activation_checkpointing_kwargs or {}
     if model.router_aux_loss_coef and training.activation_checkpointing and again.get("use_reentrant"):
         raise Refused("--router_aux_loss_coef: gets no gradient with use_reentrant in --gradient_checkpointing_kwargs")
@@ -319,7 +336,7 @@ def old_flags(args: TrainingArguments) -> None:
     if args.warmup_ratio is not None:
         if not 0 <= args.warmup_ratio < 1:
             raise Refused(f"--warmup_ratio {args.warmup_ratio}: must be at least 0 and below 1")
-        if args.warmup_steps:
+        if args.warmup_steps not in (0, args.warmup_ratio):
             note("--warmup_ratio has no effect: --warmup_steps is given")
         else:
             args.warmup_steps = args.warmup_ratio

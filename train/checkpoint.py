@@ -7,28 +7,27 @@ name that it does not read again.
 Refused (exit code 2): an output directory that holds another run, or that is or holds the model to train.
 """
 
+import fcntl
 import json
 import math
-import os
 import re
-import shutil
 import time
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.core_model_loading import revert_weight_conversion
 
 from console import Refused, note, read_json
-from weights import CORRECTION_BIAS, open_tensors, read_tensors
+from weights import CORRECTION_BIAS, open_tensors, read_tensors, some
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 RUN_FILES = ("checkpoint-*", "*.safetensors*", "config.json", "adapter_config.json", "train*_results.json")
-RUN_FILES += ("trainer_state.json",)
+RUN_FILES += ("trainer_state.json", "base.json")
+LOCK = ".lock"
+locks = []  # open files, for as long as this process lives
 NOT_COPIED = ("config.json", "README.md", "adapter_config.json", "train_results.json", "trainer_state.json")
 NOT_COPIED += ("log_*.txt", "*.png", "latest", "zero_to_fp32.py", "zero_to_torch.py", "kept_in_fp32.json")
 
@@ -54,7 +53,17 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
             )
         if Path(path).resolve() == output.resolve():
             raise Refused(f"--output_dir {output}: is the {flag}'s own directory, its files would be overwritten")
-    if resumed or not ((output / "train_results.json").exists() or any(output.glob("checkpoint-*"))):
+    if resumed:
+        return False
+    marks = ("config.json", "adapter_config.json", "tokenizer_config.json", *WEIGHT_FILES)
+    held = sorted(file.name for mark in marks for file in output.glob(mark))
+    runs = (output / "train_results.json").exists() or any(output.glob("checkpoint-*"))
+    if held and not runs and not (output / LOCK).exists():
+        raise Refused(
+            f"--output_dir {output}: holds a model that is not a run's ({some(held)}), whose files would be "
+            "overwritten. Choose another directory"
+        )
+    if not held and not runs:
         return False
     if not args.overwrite_output_dir:
         raise Refused(
@@ -62,6 +71,32 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
             "(--resume_from_checkpoint), or set it aside (--overwrite_output_dir)"
         )
     return True
+
+
+def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
+    """Refuse an output directory that another job writes to, and keep others out until this process ends. All ranks
+    must call.
+
+    The kernel holds the lock (flock), on a file that stays. It is made when the run is about to `begin`.
+    """
+    path, why = Path(args.output_dir, LOCK), None
+    if args.should_save and not locks and (begin or path.exists()):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            locks.append(open(path, "a"))  # noqa: SIM115
+            fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            why = f"--output_dir {path.parent}: another job writes there. Choose another directory, or end that job"
+        except OSError as error:
+            if not locks:
+                why = f"--output_dir {path.parent}: cannot be written ({error.strerror})"
+            else:
+                note(f"{path.parent}: is not locked, its file system has no locks ({error.strerror})")
+    ranks = [why] * args.world_size
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(ranks, why)
+    if any(ranks):
+        raise Refused(next(filter(None, ranks)))
 
 
 def set_aside(output_dir: Path) -> None:
@@ -72,122 +107,6 @@ def set_aside(output_dir: Path) -> None:
         for file in list(output_dir.glob(pattern)):
             file.rename(aside / file.name)
     note(f"--overwrite_output_dir: the earlier run in {output_dir} was moved to {aside}")
-
-
-# ------------------------------------------------------------------------------------------------- going on
-
-
-def take_up(args, training: TrainingArguments) -> str | None:
-    """With --resume_from_checkpoint, take model and tokenizer from there; an adapter's base from its config if none is
-    given.
-
-    Returns the checkpoint's directory, or None.
-    """
-    if training.resume_from_checkpoint is None:
-        if args.use_lora and args.model_name_or_path is None:
-            raise Refused("--use_lora: an adapter needs a model: give --model_name_or_path")
-        return None
-    directory = Path(training.resume_from_checkpoint)
-    state = read_json(directory / "trainer_state.json") if (directory / "trainer_state.json").is_file() else {}
-    if not {"global_step", "log_history"} <= set(state):
-        raise Refused(
-            f"--resume_from_checkpoint {directory}: is not a checkpoint (it has no whole trainer_state.json)"
-        )
-    if args.use_lora and not (directory / "adapter_config.json").is_file():
-        raise Refused(f"--use_lora: {directory} is a checkpoint of all weights; give it as --model_name_or_path")
-    args.use_lora = (directory / "adapter_config.json").is_file()
-    if not args.use_lora:
-        args.model_name_or_path = str(directory)
-    else:
-        open_tensors(directory / "adapter_model.safetensors")
-        if args.model_name_or_path is None:
-            args.model_name_or_path = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
-    args.tokenizer_name_or_path = args.tokenizer_name_or_path or str(directory)
-    return str(directory)
-
-
-def check_training_state(directory: str, args: TrainingArguments) -> None:
-    """Refuse a checkpoint that lacks a part of the training's state: the Trainer would begin it afresh and not say so.
-
-    The optimiser's, the scheduler's, each rank's random state. What torch.save writes is a zip file, which ends in a
-    table: one that is cut has none.
-    """
-    checkpoint, advice = Path(directory), "To begin anew from its weights, give it as --model_name_or_path"
-    deepspeed, world_size = bool(args.deepspeed), args.world_size
-    engine = args.hf_deepspeed_config.config if deepspeed else {}
-    here = range(world_size)  # the ranks whose states are on this disk
-    if args.save_on_each_node:
-        first = args.process_index - args.local_process_index
-        here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-    ranks = [""] if world_size == 1 else [f"_{rank}" for rank in here]
-    own_scheduler = engine.get("scheduler") or engine.get("optimizer")  # then it is in the engine's states
-    needed = [] if own_scheduler else [checkpoint / "scheduler.pt"]
-    needed += [*(checkpoint / f"rng_state{rank}.pth" for rank in ranks)]
-    other = "optimizer.pt" if deepspeed else "latest"
-    if not deepspeed:
-        needed.insert(0, checkpoint / "optimizer.pt")
-    elif (checkpoint / "latest").is_file():
-        states = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
-        needed += [states, *states.glob("*.pt")]
-        number = len(list(states.glob("*optim_states.pt")))
-        fits = number == world_size or args.save_on_each_node and number == len(here)
-        if states.is_dir() and not fits and engine.get("zero_optimization", {}).get("stage", 0) > 0:
-            raise Refused(
-                f"--resume_from_checkpoint {directory}: holds the optimizer states of {number} of {len(here)} ranks. "
-                + advice
-            )
-    else:
-        needed.insert(0, checkpoint / "latest")
-    for file in needed:
-        why = "missing" if not file.exists() else "not whole"
-        if why == "missing" or not (file.is_dir() or zipfile.is_zipfile(file)):
-            if (checkpoint / other).exists():
-                why += f": the run that wrote it was {'without' if deepspeed else 'with'} DeepSpeed"
-            raise Refused(f"--resume_from_checkpoint {directory}: {file.name} is {why}. {advice}")
-    note(f"going on from {directory}: weights, optimiser, scheduler, data position and random state")
-
-
-# ------------------------------------------------------------------------------------------------- a finished run
-
-
-def last_step(checkpoint: str) -> int:
-    """The step that a checkpoint was written at."""
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-
-
-def steps_of_run(args: TrainingArguments, num_examples: int) -> int:
-    """Optimizer steps that the arguments ask for, counted as the Trainer counts them."""
-    if args.max_steps > 0:
-        return args.max_steps
-    whole = math.floor if args.dataloader_drop_last else math.ceil
-    batches = whole(whole(num_examples / args.per_device_train_batch_size) / args.world_size)
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
-
-
-def finish_from(checkpoint: Path, args: TrainingArguments, companions: "Companions", figures: dict) -> None:
-    """Write the final files of a run whose last step is in `checkpoint`: no step is left to make.
-
-    Args:
-        figures: for train_results.json, beside the step and the mean of the logged losses.
-    """
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    best = checkpoint.with_name(Path(state.get("best_model_checkpoint") or checkpoint).name)
-    weights = best if args.load_best_model_at_end and best.is_dir() else checkpoint
-    adapter = (checkpoint / "adapter_config.json").is_file()
-    dtype = torch.float32 if adapter else save_dtype(args)
-    for file in weights.glob("*.safetensors"):
-        save_file(companions.cast(load_file(file), dtype), output / file.name, metadata={"format": "pt"})
-    for name in ("config.json", "adapter_config.json", "model.safetensors.index.json"):
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, output / name)
-    companions.write(output, None if adapter else dtype)
-    shutil.copyfile(checkpoint / "trainer_state.json", output / "trainer_state.json")
-    if not (output / "train_results.json").exists():
-        losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-        figures |= {"global_step": state["global_step"], "train_loss": sum(losses) / len(losses) if losses else None}
-        (output / "train_results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ what is written

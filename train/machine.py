@@ -47,8 +47,11 @@ def choose_device(args: transformers.TrainingArguments) -> None:
     choice("device", "cpu", "no NVIDIA device" + (" visible: CUDA_VISIBLE_DEVICES is empty" if hidden else ""))
 
 
-def read_deepspeed_file(name: str) -> dict | str:
-    """The DeepSpeed configuration, from a path or the name of a file in this folder. `none` is no DeepSpeed."""
+def read_deepspeed_file(name: str | dict) -> dict | None:
+    """The DeepSpeed configuration, from a path or the name of a file in this folder, or as a checkpoint has it. `none`
+    is no DeepSpeed."""
+    if isinstance(name, dict):
+        return name
     if name.lower() == "none":
         return None
     path = next((p for p in (Path(name), HERE / name) if p.is_file()), None)
@@ -66,6 +69,11 @@ def read_deepspeed_file(name: str) -> dict | str:
         what = "fp16.min_loss_scale must be an integer, e.g. 1" if not isinstance(scale, int) else "zero_optimization"
         raise Refused(f"--deepspeed {path}: {what}: today's DeepSpeed does not take it as it stands")
     return config
+
+
+def number_of_processes() -> int:
+    """Of the whole job, from the launcher's or Slurm's variables."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def join_the_others(args: transformers.TrainingArguments) -> None:

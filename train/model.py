@@ -207,8 +207,7 @@ def note_ignored_architecture(args: ModelArguments) -> None:
     """Say once which architecture flags are ignored because a model is given."""
     names = list(ModelArguments.__dataclass_fields__)
     names = names[names.index("hidden_size") : names.index("use_lora")]
-    default = ModelArguments()
-    given = [f"--{name}" for name in names if getattr(args, name) != getattr(default, name)]
+    given = [f"--{name}" for name in names if name in args.given]
     if given:
         note(f"ignored: {' '.join(given)} (the architecture is that of --model_name_or_path)")
 

@@ -11,6 +11,7 @@ Exit codes: 0 done, 2 refused before training (one message says what and where),
 anything else: failed.
 """
 
+import functools
 import json
 import os
 import sys
@@ -23,16 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from arguments import note_without_effect, parse_arguments
 from callbacks import Meter, Probe, ProgressLine, StopOnNonFinite
-from checkpoint import (
-    Companions,
-    check_output_dir,
-    check_training_state,
-    finish_from,
-    last_step,
-    set_aside,
-    steps_of_run,
-    take_up,
-)
+from checkpoint import Companions, check_output_dir, lock_output_dir, set_aside
 from console import Refused, note
 from data import Collator, Options, load_data
 from machine import let_all_come
@@ -45,6 +37,17 @@ from model import (
     load_tokenizer,
     number_of_parameters,
     takes_supervised_head,
+)
+from resume import (
+    GoOn,
+    check_training_state,
+    command_to_go_on,
+    end_by_ctrl_c,
+    finish_from,
+    keep_rows,
+    read_trainer_state,
+    steps_of_run,
+    take_up,
 )
 from trainer import Trainer, mean_loss
 
@@ -59,12 +62,14 @@ def main(argv: list[str]) -> None:
     fetch(model_args)  # the base that a resumed adapter names
     check_directory(model_args, data_args.packing)
     earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
+    lock_output_dir(training_args)
 
     # 2. Data: rows → token sequences.
     tokenizer = load_tokenizer(model_args)
     options = Options(data_args.max_seq_length, data_args.train_on, data_args.overlong)
     examples, evaluation = load_data(data_args, tokenizer, options)
     figures = examples.figures() | {"num_examples": len(examples), "num_eval_examples": len(evaluation or ())}
+    keep_rows(training_args, figures)
     if data_args.packing == "bin":
         from packing import Bins
 
@@ -73,13 +78,16 @@ def main(argv: list[str]) -> None:
         note(f"{figures['num_examples']} sequences in {len(examples)} bins, which are {examples.fill:.1%} full")
     tokenizer_path = model_args.tokenizer_name_or_path or model_args.model_name_or_path
     companions = Companions.read(base or model_args.model_name_or_path, tokenizer_path)
-    if resume and last_step(resume) >= steps_of_run(training_args, len(examples)):
-        note(f"{resume} is the end of a finished run: no step is left, its final files are written")
-        training_args.distributed_state.wait_for_everyone()  # until all have looked at output_dir
-        if training_args.should_save:
-            finish_from(Path(resume), training_args, companions, figures | dict.fromkeys(Meter.FIGURES))
-        return
     if resume:
+        state = read_trainer_state(Path(resume))
+        other_end = model_args.given & {"max_steps", "num_train_epochs"}
+        steps = steps_of_run(training_args, len(examples)) if other_end else state["max_steps"]
+        if state["global_step"] >= steps:
+            note(f"{resume} is the end of a finished run: no step is left, its final files are written")
+            lock_output_dir(training_args, begin=True)  # all ranks have looked at output_dir then
+            if training_args.should_save:
+                finish_from(Path(resume), training_args, companions, figures | dict.fromkeys(Meter.FIGURES))
+            return
         check_training_state(resume, training_args)
     probe = Probe(training_args.probe_file, tokenizer) if training_args.probe_file else None
 
@@ -87,6 +95,7 @@ def main(argv: list[str]) -> None:
     set_seed(training_args.seed)
     model = load_model(model_args, training_args, tokenizer, resume)
     check_packing(model, data_args.packing)
+    lock_output_dir(training_args, begin=True)
     positions = getattr(model.config, "max_position_embeddings", data_args.max_seq_length)
     if data_args.max_seq_length > positions:
         note(f"--max_seq_length {data_args.max_seq_length} is more than the model's {positions} positions")
@@ -117,7 +126,9 @@ def main(argv: list[str]) -> None:
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
-    trainer.add_callback(ProgressLine())
+    command = functools.partial(command_to_go_on, data_args.train_data_file, training_args.output_dir)
+    for ours in (ProgressLine(), GoOn(trainer, resume, command)):
+        trainer.add_callback(ours)
 
     # 5. Run.
     if earlier_run and training_args.should_save:
@@ -129,7 +140,7 @@ def main(argv: list[str]) -> None:
     trainer.save_model()
     trainer.save_state()
     figures |= {
-        "train_loss": result.training_loss,
+        "train_loss": result.metrics["train_loss"],
         "global_step": trainer.state.global_step,
         "global_batch_size": trainer.get_total_train_batch_size(training_args),
         "trainable_params": number_of_parameters(trainer.model, trained=True),
@@ -173,4 +184,6 @@ if __name__ == "__main__":
         leave(2)
     except SystemExit as stopped:
         leave(stopped.code or 0)
+    except KeyboardInterrupt:
+        end_by_ctrl_c()
     leave(0)

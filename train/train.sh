@@ -25,6 +25,7 @@ SSH_PORT=${SSH_PORT:-}                # empty: what ssh's own configuration says
 MASTER_PORT=${MASTER_PORT:-}          # where the processes meet; empty: a free port on one machine, 29500 on several
 NET_IFNAME=${NET_IFNAME:-}            # network interface for NCCL and gloo; empty: the one that leads to the chief
 STALL_TIMEOUT=${STALL_TIMEOUT:-1800}  # seconds after which a collective that stalls ends the job
+FORWARD=${FORWARD:-}                  # names of further variables that reach every machine: NAME,NAME
 
 # -------------------------------------------------------------------------------------------------------- the recipe
 RECIPE=(
@@ -56,6 +57,14 @@ PYTHON=$(command -v python3 || command -v python) || { echo "refused: no python3
 refuse() { echo "refused: $*" >&2; exit 2; }
 "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in ("torch", "transformers", "peft")))' ||
     refuse "$PYTHON has not all packages: $PYTHON -m pip install -r $(dirname "$HERE")/requirements.txt"
+case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" "$HERE/train.py" --help ;; esac
+
+GO_ON_WITH=  # how this run is gone on with: the variables that say where, and this script
+for name in HOST_GPU_NUM CUDA_VISIBLE_DEVICES NODE_IP_LIST IP_LIST LOCAL_IP SSH_PORT MASTER_PORT NET_IFNAME FORWARD; do
+    [ -z "${!name:-}" ] || GO_ON_WITH+="$name=$(printf %q "${!name}") "
+done
+GO_ON_WITH+="bash $(printf %q "$0")"
+export GO_ON_WITH
 
 # flag NAME: the value that the command line gives --NAME (the last one; "true" where it has none), else nothing
 flag() {
@@ -84,19 +93,15 @@ RESUME=$(flag resume_from_checkpoint "$@")
 LORA=$(flag use_lora "$@")
 
 # 2. The machine.
-GPUS=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
-if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ "$GPUS" -gt 0 ]; then
-    [ "$CUDA_VISIBLE_DEVICES" != -1 ] || CUDA_VISIBLE_DEVICES=
-    VISIBLE=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[0-9A-Za-z]' || true)
-    GPUS=$((VISIBLE < GPUS ? VISIBLE : GPUS))
-fi
-given "$(flag use_cpu "$@")" && GPUS=0
+if given "$(flag use_cpu "$@")"; then GPUS=0
+else GPUS=$(PYTHONPATH=$HERE "$PYTHON" -c 'import os, node; print(node.number_of_gpus(dict(os.environ)))'); fi
+[ "$GPUS" != None ] || refuse "the number of GPUs is not known: nvidia-smi -L does not answer. Try: nvidia-smi -pm 1"
 if [ "$GPUS" -gt 0 ]; then
     [ -n "$NODE_IP_LIST${IP_LIST:-}" ] || choose HOST_GPU_NUM "$GPUS" "the GPUs of this machine"
-    choose DS_CONFIG ds_zero3_no_offload.json "the default on GPUs"
+    [ -n "$RESUME" ] || choose DS_CONFIG ds_zero3_no_offload.json "the default on GPUs"
 else
     [ -n "$NODE_IP_LIST${IP_LIST:-}" ] || choose HOST_GPU_NUM 1 "no GPU"
-    choose DS_CONFIG none "no GPU: DeepSpeed compiles for minutes on a CPU"
+    [ -n "$RESUME" ] || choose DS_CONFIG none "no GPU: DeepSpeed compiles for minutes on a CPU"
 fi
 [[ ${HOST_GPU_NUM:-1} =~ ^[1-9][0-9]{0,6}$ ]] || refuse "HOST_GPU_NUM=$HOST_GPU_NUM: must be a number from 1"
 [ "$GPUS" -eq 0 ] || [ "${HOST_GPU_NUM:-1}" -le "$GPUS" ] || refuse "HOST_GPU_NUM=$HOST_GPU_NUM: only $GPUS GPUs are visible"
@@ -106,9 +111,10 @@ fi
 EXAMPLE=$HERE/example
 FLAGS=("${RECIPE[@]}")
 given "$LORA" && FLAGS+=("${LORA_RECIPE[@]}")
-if [ -n "$RESUME" ] && [ -z "$MODEL_PATH" ]; then
+if [ -n "$RESUME" ]; then
+    FLAGS=()  # they are the checkpoint's
     [ -n "$TRAIN_DATA_FILE" ] || refuse "TRAIN_DATA_FILE is not set: with --resume_from_checkpoint the rows must be given"
-    choose OUTPUT_DIR "$(dirname "$RESUME")" "the folder of the checkpoint"
+    choose OUTPUT_DIR "$(dirname "$(realpath -m -- "$RESUME")")" "the folder of the checkpoint"
 elif [ -n "$MODEL_PATH" ]; then
     [ -n "$TRAIN_DATA_FILE" ] || refuse "TRAIN_DATA_FILE is not set: the rows to train $MODEL_PATH on"
     NAME=$(basename "$(realpath -m -- "$MODEL_PATH")")
@@ -146,19 +152,28 @@ if [ -n "$RATE" ] && [ -z "$(flag min_lr "$@")" ]; then  # the recipe's lowest r
     "$PYTHON" -c "import sys; sys.exit(float(sys.argv[1]) < float(sys.argv[2]))" "$RATE" "$LOWEST" 2>/dev/null || without min_lr
 fi
 
-FLAGS+=(--train_data_file "$TRAIN_DATA_FILE" --output_dir "$OUTPUT_DIR" --deepspeed "$DS_CONFIG" --ddp_timeout "$STALL_TIMEOUT")
+FLAGS+=(--train_data_file "$TRAIN_DATA_FILE" --output_dir "$OUTPUT_DIR" --ddp_timeout "$STALL_TIMEOUT")
+[ -z "$DS_CONFIG" ] || FLAGS+=(--deepspeed "$DS_CONFIG")
 [ -z "$MODEL_PATH" ] || FLAGS+=(--model_name_or_path "$MODEL_PATH")
 [ -z "$TOKENIZER_PATH" ] || FLAGS+=(--tokenizer_name_or_path "$TOKENIZER_PATH")
 
 # 5. Run: output also in a log file, signals passed on, the exit code kept.
-mkdir -p "$OUTPUT_DIR" 2>/dev/null && [ -w "$OUTPUT_DIR" ] || refuse "OUTPUT_DIR=$OUTPUT_DIR: is not a directory that can be written"
+MADE=() PARENT=$OUTPUT_DIR
+while [ ! -e "$PARENT" ]; do MADE+=("$PARENT"); PARENT=$(dirname -- "$PARENT"); done
+mkdir -p -- "$OUTPUT_DIR" 2>/dev/null && [ -w "$OUTPUT_DIR" ] || refuse "OUTPUT_DIR=$OUTPUT_DIR: is not a directory that can be written"
 LOG=$OUTPUT_DIR/log_$(date +%Y%m%d-%H%M%S).txt
+[ ! -e "$LOG" ] || LOG=${LOG%.txt}-$$.txt
 exec > >(trap '' INT TERM HUP; exec tee -a "$LOG") 2>&1
 TEE=$!
 [ ${#CHOICES[@]} -eq 0 ] || printf '%s\n' "${CHOICES[@]}"
 export TQDM_MININTERVAL=${TQDM_MININTERVAL:-1}  # seconds; the bar goes to the log too
-export HOST_GPU_NUM NODE_IP_LIST LOCAL_IP NODES NODE_NUM SSH_PORT MASTER_PORT NET_IFNAME
-finish() { exec >&- 2>&-; wait "$TEE"; exit "$1"; }
+export HOST_GPU_NUM NODE_IP_LIST LOCAL_IP NODES NODE_NUM SSH_PORT MASTER_PORT NET_IFNAME FORWARD
+# a refusal leaves nothing behind
+finish() {
+    exec >&- 2>&-; wait "$TEE"
+    [ "$1" -ne 2 ] || { rm -f -- "$LOG"; rmdir -- "${MADE[@]}" || true; } 2>/dev/null
+    exit "$1"
+}
 "$PYTHON" "$HERE/launch.py" --visit || finish $?  # hosts that ssh does not know: it asks, and reads the answer, here
 set -m  # the training in a process group of its own, with SIGINT not ignored
 "$PYTHON" "$HERE/launch.py" --log "$LOG" "$HERE/train.py" "${FLAGS[@]}" "$@" &

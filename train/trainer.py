@@ -64,7 +64,7 @@ class Trainer(transformers.Trainer):
             world = kwargs["args"].world_size * kwargs["args"].eval_batch_size
             kwargs["eval_dataset"] = Filled(kwargs["eval_dataset"], world)
         super().__init__(*args, **kwargs)
-        self.meter, self.companions, self.masters = meter, companions, {}
+        self.meter, self.companions, self.masters, self.unlogged = meter, companions, {}, 0.0
         self.add_callback(meter)
         self.routers = Routers(self.model, router_aux_loss_coef) if moe_layers(self.model) else None
         if self.routers:
@@ -99,9 +99,14 @@ class Trainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The load-balancing loss beside the loss that it is part of. All ranks must call."""
+        """The load-balancing loss beside the loss that it is part of; at the end the mean loss of the whole run, its
+        steps before a checkpoint included. All ranks must call."""
         if self.routers and self.routers.coefficient and "loss" in logs:
             logs["router_aux_loss"] = self.routers.mean_loss()
+        if "train_loss" in logs:
+            self.stop_if_not_finite()
+            total = self._total_loss_scalar - self._tr_loss.item() + self.unlogged  # the Trainer adds rank 0's share
+            logs["train_loss"] = total / self.state.global_step
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -146,15 +151,20 @@ class Trainer(transformers.Trainer):
         return scheduler
 
     def stop_if_not_finite(self) -> None:
-        """Look at the losses since the last logging step. All ranks must call."""
-        losses = self.accelerator.gather(self._tr_loss.detach().reshape(1))
-        stop_if_not_finite(losses.sum().item(), self.state.global_step)
+        """Look at the losses since the last logging step, and keep their sum. All ranks must call."""
+        self.unlogged = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item()
+        stop_if_not_finite(self.unlogged, self.state.global_step)
 
     def _save_checkpoint(self, model, trial) -> None:
         self.stop_if_not_finite()
         super()._save_checkpoint(model, trial)
         if self.args.save_on_each_node and self.args.should_save and self.is_deepspeed_enabled:
             name_states(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Not a second time: load_model has taken the weights from there, experts that the Trainer misses included."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         """Without ZeRO and adapter by from_pretrained: the Trainer takes a file's tensors by their names and passes

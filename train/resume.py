@@ -1,0 +1,358 @@
+"""Going on from a checkpoint: its run's flags, whether what is asked for is that run, what the Trainer forgets.
+
+Refused (exit code 2): a directory that is no checkpoint or not a whole one, flags that make it another run, other
+rows.
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from checkpoint import Companions, save_dtype
+from console import Refused, choice, note, read_json
+from machine import number_of_processes, read_deepspeed_file
+from weights import open_tensors
+
+# Said by each start anew: where things are, and what has no effect.
+OF_A_START = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "train_data_file", "model_name_or_path"}
+OF_A_START |= {"tokenizer_name_or_path", "any_base", "local_rank", "hub_token", "ddp_timeout", "do_train", "do_eval"}
+OF_A_START |= {"do_predict", "complex_data", "use_dummy_data", "model_size", "type_vocab_size", "layer_norm_eps"}
+# The checkpoint's unless given: how long, saving, logging, evaluating, reporting, and what changes no value.
+MAY_CHANGE = re.compile(
+    r"max_steps|num_train_epochs|(save|log|logging|hub|trackio|ddp)_\w+|eval_(?!split)\w+"
+    r"|dataloader_(num|pin|persistent|prefetch|multiprocessing)_\w+|(load|metric)_\w*best_model\w*|greater_is_better"
+    r"|\w+_full_eval|batch_eval_metrics|include_\w+|prediction_loss_only|per_device_eval_batch_size|probe_file"
+    r"|early_stopping_patience|report_to|run_name|project|push_to_hub|disable_tqdm|skip_memory_metrics|debug"
+    r"|(gradient|activation)_checkpointing(_kwargs)?|make_moe_param_leaf_module|preprocessing_num_workers|cache_dir"
+    r"|use_cpu|trust_remote_code|torch_empty_cache_steps|enable_jit_checkpoint|restore_callback\w+"
+)
+# What checkpoints of earlier releases, and of other programs, do not say.
+MUST_BE_KNOWN = ("max_seq_length", "packing", "train_on", "overlong")
+NOTHING_SAVED = "Nothing is saved yet: start the same command again"
+
+
+# ------------------------------------------------------------------------------------------------ the same run
+
+
+class Inert(tuple):
+    """Stands for every class that a pickled file names, so that reading it runs no code: what it is made of."""
+
+    def __new__(cls, *parts):
+        return super().__new__(cls, parts)
+
+
+def read_plan(checkpoint: Path) -> dict[str, Any]:
+    """{flag: value} of the run that a checkpoint is of, and its `processes`, `num_rows`, `num_examples`, as far as the
+    checkpoint says; refuses one whose training_args.bin is missing or damaged."""
+    file = checkpoint / "training_args.bin"
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        with torch.serialization.safe_globals([(Inert, name) for name in names]):
+            stored = vars(torch.load(file, weights_only=True))
+    except Exception as error:  # damaged files raise anything
+        why = "is missing" if not file.exists() else f"cannot be read ({type(error).__name__})"
+        raise Refused(f"--resume_from_checkpoint {checkpoint}: training_args.bin {why}") from error
+    if "plan" in stored:
+        return stored["plan"]
+    # Of an earlier release or another program: Hugging Face's arguments alone, after their own checks.
+    plan = {n: str(v[-1]).lower() if isinstance(v, Inert) else v for n, v in stored.items() if v != Inert()}
+    plan |= {"use_cpu": False, "gradient_checkpointing": plan.pop("activation_checkpointing", None)}
+    if isinstance(plan.get("deepspeed"), str):
+        plan["deepspeed"] = read_deepspeed_file(plan["deepspeed"])
+    if not plan.get("save_on_each_node"):
+        plan["processes"] = len(list(checkpoint.glob("rng_state*.pth"))) or 1
+    plan["use_lora"] = (checkpoint / "adapter_config.json").is_file()
+    if plan["use_lora"]:
+        adapter = read_json(checkpoint / "adapter_config.json")
+        plan |= {"lora_rank": adapter.get("r"), "lora_target_modules": adapter.get("target_modules")}
+        plan |= {key: adapter.get(key) for key in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+    return plan
+
+
+def go_on_with(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run that goes on: the checkpoint's, and what is given anew.
+
+    Args:
+        given: the flags that are given, `resume_from_checkpoint` among them.
+        defaults: every flag's default.
+
+    Refuses, in one message with both values, what is given and would make it another run.
+    """
+    checkpoint = Path(given["resume_from_checkpoint"])
+    read_trainer_state(checkpoint)
+    plan = read_plan(checkpoint)
+    unknown = [name for name in MUST_BE_KNOWN if name not in plan and name not in given]
+    if unknown:
+        raise Refused(
+            f"--resume_from_checkpoint {checkpoint}: does not say with which --{', --'.join(unknown)} its run began: "
+            "give them"
+        )
+    asked = {name: value for name, value in given.items() if name not in OF_A_START and not MAY_CHANGE.fullmatch(name)}
+    known = plan | {"deepspeed": zero_of(plan.get("deepspeed"))}
+    if "deepspeed" in asked:
+        asked["deepspeed"] = zero_of(read_deepspeed_file(asked["deepspeed"]))
+    asked["processes"] = number_of_processes()
+    both = {name: (spelled(value), spelled(known[name])) for name, value in asked.items() if name in known}
+    differ = [f"{'--' * (n in defaults)}{n} {now}, it has {then}" for n, (now, then) in both.items() if now != then]
+    if differ:
+        raise Refused(
+            f"--resume_from_checkpoint {checkpoint}: its run is another: {'; '.join(differ)}. A flag that is left out "
+            "is the run's. To begin at step 0 from its weights, give it as --model_name_or_path"
+        )
+    for flag, winner in (("num_train_epochs", "max_steps"), ("gradient_checkpointing", "activation_checkpointing")):
+        if flag in given:  # the run's would win over it
+            plan.pop(winner, None)
+    return defaults | {n: v for n, v in plan.items() if n in defaults and n not in OF_A_START} | given
+
+
+def spelled(value: Any) -> str:
+    """A flag's value as text: 0 and 0.0 are one, and the order in a list does not matter."""
+    if isinstance(value, list):
+        return " ".join(sorted(map(str, value)))
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
+def zero_of(config: dict | None) -> str:
+    """What of a DeepSpeed configuration decides about the state that it saves: stage, offload, own optimiser."""
+    if config is None:
+        return "none"
+    zero = config.get("zero_optimization", {})
+    places = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
+    parts = [f"ZeRO-{zero.get('stage', 0)}"] + [f"offload to {' and '.join(places)}"] * (set(places) != {"none"})
+    parts += [
+        f"{key} {json.dumps(config[key], sort_keys=True)}" for key in ("optimizer", "scheduler") if key in config
+    ]
+    return ", ".join(parts)
+
+
+def plan_of(values: dict[str, Any], training: TrainingArguments) -> dict[str, Any]:
+    """What a checkpoint says of its run: the flags as they were given or defaulted, before anything was derived."""
+    plan = {name: value for name, value in values.items() if name not in OF_A_START}
+    plan["eval_data_file"] = [os.path.abspath(path) for path in plan["eval_data_file"]]  # from wherever it goes on
+    plan["probe_file"] = plan["probe_file"] and os.path.abspath(plan["probe_file"])
+    return plan | {"deepspeed": training.deepspeed, "processes": training.world_size}
+
+
+def keep_rows(training: TrainingArguments, figures: dict[str, int]) -> None:
+    """Let checkpoints say how many rows there are; refuses another number than the run began with."""
+    resume = training.resume_from_checkpoint
+    known = read_plan(Path(resume)) if resume else {}
+    for name in ("num_rows", "num_examples"):
+        training.plan[name] = figures[name]
+        if known.get(name, figures[name]) != figures[name]:
+            what = f"{name} is {figures[name]}, in {resume} it is {known[name]}"
+            raise Refused(f"--train_data_file: {what}: these are not the rows of its run")
+
+
+# ------------------------------------------------------------------------------------------------ the checkpoint
+
+
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's trainer_state.json; refuses a directory that has none."""
+    file = checkpoint / "trainer_state.json"
+    state = read_json(file) if file.is_file() else {}
+    if not {"global_step", "log_history"} <= set(state):
+        raise Refused(
+            f"--resume_from_checkpoint {checkpoint}: is not a checkpoint (it has no whole trainer_state.json)"
+        )
+    return state
+
+
+def take_up(args, training: TrainingArguments) -> str | None:
+    """With --resume_from_checkpoint, take model and tokenizer from there; an adapter's base from its config if none is
+    given.
+
+    Returns the checkpoint's directory, or None.
+    """
+    if training.resume_from_checkpoint is None:
+        if args.use_lora and args.model_name_or_path is None:
+            raise Refused("--use_lora: an adapter needs a model: give --model_name_or_path")
+        return None
+    directory = Path(training.resume_from_checkpoint)
+    if not args.use_lora:
+        args.model_name_or_path = str(directory)
+    else:
+        open_tensors(directory / "adapter_model.safetensors")
+        if args.model_name_or_path is None:
+            args.model_name_or_path = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+    args.tokenizer_name_or_path = args.tokenizer_name_or_path or str(directory)
+    return str(directory)
+
+
+def check_training_state(directory: str, args: TrainingArguments) -> None:
+    """Refuse a checkpoint that lacks a part of the training's state: the Trainer would begin it afresh and not say so.
+
+    The optimiser's, the scheduler's, each rank's random state. What torch.save writes is a zip file, which ends in a
+    table: one that is cut has none.
+    """
+    checkpoint, advice = Path(directory), "To begin anew from its weights, give it as --model_name_or_path"
+    deepspeed, world_size = bool(args.deepspeed), args.world_size
+    engine = args.hf_deepspeed_config.config if deepspeed else {}
+    here = range(world_size)  # the ranks whose states are on this disk
+    if args.save_on_each_node:
+        first = args.process_index - args.local_process_index
+        here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    ranks = [""] if world_size == 1 else [f"_{rank}" for rank in here]
+    own_scheduler = engine.get("scheduler") or engine.get("optimizer")  # then it is in the engine's states
+    needed = [] if own_scheduler else [checkpoint / "scheduler.pt"]
+    needed += [*(checkpoint / f"rng_state{rank}.pth" for rank in ranks)]
+    other = "optimizer.pt" if deepspeed else "latest"
+    if not deepspeed:
+        needed.insert(0, checkpoint / "optimizer.pt")
+    elif (checkpoint / "latest").is_file():
+        states = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
+        needed += [states, *states.glob("*.pt")]
+        number = len(list(states.glob("*optim_states.pt")))
+        fits = number == world_size or args.save_on_each_node and number == len(here)
+        if states.is_dir() and not fits and engine.get("zero_optimization", {}).get("stage", 0) > 0:
+            raise Refused(
+                f"--resume_from_checkpoint {directory}: holds the optimizer states of {number} of {len(here)} ranks. "
+                + advice
+            )
+    else:
+        needed.insert(0, checkpoint / "latest")
+    for file in needed:
+        why = "missing" if not file.exists() else "not whole"
+        if why == "missing" or not (file.is_dir() or zipfile.is_zipfile(file)):
+            if (checkpoint / other).exists():
+                why += f": the run that wrote it was {'without' if deepspeed else 'with'} DeepSpeed"
+            raise Refused(f"--resume_from_checkpoint {directory}: {file.name} is {why}. {advice}")
+    note(f"going on from {directory}: weights, optimiser, scheduler, data position and random state")
+
+
+# ------------------------------------------------------------------------------------------------ the steps left
+
+
+def steps_of_run(args: TrainingArguments, num_examples: int) -> int:
+    """Optimizer steps that the arguments ask for, counted as the Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    whole = math.floor if args.dataloader_drop_last else math.ceil
+    batches = whole(whole(num_examples / args.per_device_train_batch_size) / args.world_size)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+def finish_from(checkpoint: Path, args: TrainingArguments, companions: Companions, figures: dict) -> None:
+    """Write the final files of a run whose last step is in `checkpoint`: no step is left to make.
+
+    Args:
+        figures: for train_results.json, beside the step and the mean loss.
+    """
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    state = read_trainer_state(checkpoint)
+    best = checkpoint.with_name(Path(state.get("best_model_checkpoint") or checkpoint).name)
+    weights = best if args.load_best_model_at_end and best.is_dir() else checkpoint
+    adapter = (checkpoint / "adapter_config.json").is_file()
+    dtype = torch.float32 if adapter else save_dtype(args)
+    for file in weights.glob("*.safetensors"):
+        save_file(companions.cast(load_file(file), dtype), output / file.name, metadata={"format": "pt"})
+    for name in ("config.json", "adapter_config.json", "model.safetensors.index.json"):
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, output / name)
+    companions.write(output, None if adapter else dtype)
+    shutil.copyfile(checkpoint / "trainer_state.json", output / "trainer_state.json")
+    if not (output / "train_results.json").exists():
+        losses = losses_so_far(state)
+        figures |= {"global_step": state["global_step"], "train_loss": losses["logged"] + losses["unlogged"]}
+        figures["train_loss"] /= state["global_step"]
+        (output / "train_results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ what goes on
+
+
+def losses_so_far(state: dict[str, Any]) -> dict[str, float]:
+    """Of a trainer_state.json: the sums of its steps' losses until the last logging step and since, and that step."""
+    if kept := state.get("stateful_callbacks", {}).get("GoOn"):
+        return kept["attributes"]
+    total, last = 0.0, 0  # of an earlier release: the losses since are not known, and counted as the mean
+    for entry in (entry for entry in state["log_history"] if "loss" in entry):
+        total, last = total + entry["loss"] * (entry["step"] - last), entry["step"]
+    step = state["global_step"]
+    return {"logged": total * step / max(last, 1), "unlogged": 0.0, "last_logged": step}
+
+
+def follow_schedule(scheduler: Any, step: int, max_steps: int) -> None:
+    """Give the optimizer the rate that the schedule now has for the next step, and say so where it was another: the
+    Trainer would take the checkpoint's once more."""
+    if factors := getattr(scheduler, "lr_lambdas", None):  # another kind follows the loss, or is DeepSpeed's own
+        groups, before = scheduler.optimizer.param_groups, scheduler.optimizer.param_groups[0]["lr"]
+        for group, rate, factor in zip(groups, scheduler.base_lrs, factors):
+            group["lr"] = rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in groups]  # which is what is logged
+        if groups[0]["lr"] != before:
+            why = f"step {step + 1} of {max_steps}; as it was planned {before:.4g}"
+            choice("next learning rate", f"{groups[0]['lr']:.4g}", why)
+
+
+class GoOn(TrainerCallback, ExportableState):
+    """What the Trainer forgets at a checkpoint: losses that are not logged yet, intervals that are given anew. And at
+    Ctrl-C what was saved last, and the command that goes on.
+
+    Args:
+        resume: the checkpoint that the run goes on from, if any.
+        command: gives the command that goes on from a checkpoint.
+    """
+
+    def __init__(self, trainer: transformers.Trainer, resume: str | None, command: Callable[[str], str]):
+        self.trainer, self.saved, self.command = trainer, resume, command
+
+    def state(self) -> dict[str, Any]:
+        """What trainer_state.json keeps, as losses_so_far() returns it."""
+        kept = {"logged": "_total_loss_scalar", "unlogged": "unlogged", "last_logged": "_globalstep_last_logged"}
+        return {"args": {}, "attributes": {name: getattr(self.trainer, own, 0) for name, own in kept.items()}}
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        if self.saved:
+            losses, trainer = losses_so_far(vars(state)), self.trainer
+            trainer._total_loss_scalar, trainer._globalstep_last_logged = losses["logged"], losses["last_logged"]
+            trainer._tr_loss += losses["unlogged"]
+            follow_schedule(getattr(lr_scheduler, "scheduler", lr_scheduler), state.global_step, state.max_steps)
+        for callback in self.trainer.callback_handler.callbacks:  # one that the checkpoint does not know
+            if isinstance(callback, ExportableState):
+                state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+        state.compute_steps(args, state.max_steps)  # the Trainer takes the checkpoint's intervals
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as under nohup
+            # at once: KeyboardInterrupt comes out of a collective as another rank's error
+            signal.signal(signal.SIGINT, lambda number, frame: self.stop(state.global_step))
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved = str(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    def stop(self, step: int) -> None:
+        """End the process, and say how to go on."""
+        how = f"Saved last: {self.saved}. To go on: {self.command(self.saved)}" if self.saved else NOTHING_SAVED
+        end_by_ctrl_c(f"at step {step}. {how}")
+
+
+def end_by_ctrl_c(what: str = f"before the first step. {NOTHING_SAVED}") -> None:
+    """Say, on rank 0, what Ctrl-C has stopped, and end by the signal itself."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\nstopped by Ctrl-C {what}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def command_to_go_on(train_data_file: list[str], output_dir: str, checkpoint: str) -> str:
+    """The command that goes on from a checkpoint: train.sh where that has started us, else train.py."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = f"torchrun --nproc_per_node {ranks}" if number_of_processes() > 1 else "python"
+    begin = os.environ.get("GO_ON_WITH") or f"{launcher} {shlex.quote(sys.argv[0])}"
+    flags = ["--resume_from_checkpoint", checkpoint, "--train_data_file", *train_data_file, "--output_dir", output_dir]
+    return f"{begin} {shlex.join(flags)}"
