@@ -86,6 +86,7 @@ def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
             locks.append(open(path, "a"))  # noqa: SIM115
             fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            locks.pop().close()
             why = f"--output_dir {path.parent}: another job writes there. Choose another directory, or end that job"
         except OSError as error:
             if not locks:

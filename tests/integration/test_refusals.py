@@ -1,11 +1,19 @@
 """Wrong input, through the command line: exit code 2 within seconds, one message that says what and where, no
 traceback."""
 
+import errno
+import fcntl
+import os
+import sys
 import time
+import types
+from pathlib import Path
 
 import pytest
 
+import checkpoint
 from conftest import TRAIN, run_command
+from console import Refused
 
 
 def good(model, rows, out):
@@ -82,7 +90,89 @@ def test_an_architecture_that_the_class_cannot_express(
 def test_train_sh_refuses_before_it_starts_anything(env, flags, says, tmp_path):
     script = tmp_path / "train" / "train.sh"
     script.parent.mkdir()
-    script.write_bytes((TRAIN / "train.sh").read_bytes())
-    run = run_command(["bash", str(script), *flags], env=env, cwd=tmp_path)
+    for name in ("train.sh", "node.py"):
+        (script.parent / name).write_bytes((TRAIN / name).read_bytes())
+    run = run_command(["bash", str(script), *flags], env=env | {"PYTHONDONTWRITEBYTECODE": "1"}, cwd=tmp_path)
     assert run.returncode == 2 and says in run.stderr, run.stderr
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["train", "train.sh"], "nothing is written"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["node.py", "train", "train.sh"], "nothing is written"
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]], ids=["", "overwrite"])
+@pytest.mark.parametrize("kind", ["model", "old model", "adapter", "tokenizer", "checkpoint"])
+def test_another_models_directory_is_not_overwritten(
+    kind, overwrite, model_dir, example_tokenizer_dir, example_rows, run_here, tmp_path
+):
+    """S10."""
+    out = tmp_path / "run" / "checkpoint-4" if kind == "checkpoint" else tmp_path / "downloaded"
+    files = {"model": ["config.json", "model-00001-of-00002.safetensors"], "old model": ["pytorch_model.bin"]}
+    files |= {"adapter": ["adapter_config.json"], "tokenizer": ["tokenizer_config.json"]}
+    files |= {"checkpoint": ["config.json", "trainer_state.json"]}
+    out.mkdir(parents=True)
+    for name in files[kind]:
+        (out / name).write_text("{}")
+    run = run_here("train.py", [*good(model_dir("moe", example_tokenizer_dir), example_rows, out), *overwrite])
+    assert run.returncode == 2, run.stderr
+    assert f"--output_dir {out}: holds a model that is not a run's" in run.stderr
+    assert sorted(path.name for path in out.iterdir()) == files[kind]
+
+
+def test_a_second_job_in_the_same_directory_is_refused(
+    model_dir, example_tokenizer_dir, example_rows, run_here, run_train, tmp_path
+):
+    """S9: before it reads any row, with several ranks too, whatever else is given. Not once the first is over."""
+    model, out = model_dir("dense", example_tokenizer_dir), tmp_path / "out"
+    out.mkdir()
+    args = [*good(model, example_rows, out), "--max_steps", 1]
+    with open(out / ".lock", "w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        for flags in ([], ["--overwrite_output_dir"]):
+            run = run_here("train.py", [*args, *flags])
+            assert run.returncode == 2, run.stderr
+            assert f"--output_dir {out}: another job writes there" in run.stderr
+            assert "rows:" not in run.stdout
+        run = run_train(args, launcher="torchrun", nproc=2)
+        assert run.returncode != 0 and run.stderr.count("refused: ") == 1, run.stderr[-2000:]
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    run = run_train(args)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_without_locks_one_line_and_no_refusal(tmp_path, monkeypatch, capsys):
+    """And a directory that cannot be written is refused where it would be made."""
+    monkeypatch.setattr(checkpoint, "locks", [])
+    args = types.SimpleNamespace(output_dir=str(tmp_path / "a" / "b"), should_save=True, world_size=1)
+    checkpoint.lock_output_dir(args)
+    assert not (tmp_path / "a").exists(), "nothing is made before the run begins"
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
+    for _ in range(2):
+        checkpoint.lock_output_dir(args, begin=True)
+    assert capsys.readouterr().out.count("has no locks") == 1 and (tmp_path / "a" / "b").is_dir()
+    monkeypatch.setattr(checkpoint, "locks", [])
+    (tmp_path / "file").touch()
+    args.output_dir = str(tmp_path / "file" / "out")
+    with pytest.raises(Refused, match="cannot be written"):
+        checkpoint.lock_output_dir(args, begin=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (["--use_loar"], 2),
+        (["--help"], 0),
+        (["--model_name_or_path", "nowhere"], 2),
+        (["--train_data_file", "bad"], 2),
+    ],
+    ids=["flag", "help", "model", "rows"],
+)
+def test_a_refusal_leaves_nothing_behind(flags, code, example_rows, tmp_path):
+    """U3, through train.sh: no directory, no log."""
+    (tmp_path / "bad").write_text("{secret\n")
+    args = ["--train_data_file", str(example_rows), "--output_dir", str(tmp_path / "new" / "out"), *flags]
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    run = run_command(["bash", str(TRAIN / "train.sh"), *args], env=path, cwd=tmp_path)
+    assert run.returncode == code and "secret" not in run.stdout, run.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
