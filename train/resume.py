@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ MAY_CHANGE = re.compile(
 )
 # What checkpoints of earlier releases, and of other programs, do not say.
 MUST_BE_KNOWN = ("max_seq_length", "packing", "train_on", "overlong")
-NOTHING_SAVED = "Nothing is saved yet: start the same command again"
 
 
 # ------------------------------------------------------------------------------------------------ the same run
@@ -211,7 +209,6 @@ def check_training_state(directory: str, args: TrainingArguments) -> None:
     own_scheduler = engine.get("scheduler") or engine.get("optimizer")  # then it is in the engine's states
     needed = [] if own_scheduler else [checkpoint / "scheduler.pt"]
     needed += [*(checkpoint / f"rng_state{rank}.pth" for rank in ranks)]
-    other = "optimizer.pt" if deepspeed else "latest"
     if not deepspeed:
         needed.insert(0, checkpoint / "optimizer.pt")
     elif (checkpoint / "latest").is_file():
@@ -229,22 +226,23 @@ def check_training_state(directory: str, args: TrainingArguments) -> None:
     for file in needed:
         why = "missing" if not file.exists() else "not whole"
         if why == "missing" or not (file.is_dir() or zipfile.is_zipfile(file)):
-            if (checkpoint / other).exists():
-                why += f": the run that wrote it was {'without' if deepspeed else 'with'} DeepSpeed"
             raise Refused(f"--resume_from_checkpoint {directory}: {file.name} is {why}. {advice}")
     note(f"going on from {directory}: weights, optimiser, scheduler, data position and random state")
 
 
-# ------------------------------------------------------------------------------------------------ the steps left
-
-
-def steps_of_run(args: TrainingArguments, num_examples: int) -> int:
-    """Optimizer steps that the arguments ask for, counted as the Trainer counts them."""
-    if args.max_steps > 0:
-        return args.max_steps
-    whole = math.floor if args.dataloader_drop_last else math.ceil
-    batches = whole(whole(num_examples / args.per_device_train_batch_size) / args.world_size)
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+def steps_left(checkpoint: str, args: TrainingArguments, num_examples: int, given: frozenset[str]) -> int:
+    """Optimizer steps from a checkpoint to the end that its run planned, or that is given; refuses one that lacks a
+    part of the training's state, if there are any."""
+    state = read_trainer_state(Path(checkpoint))
+    end = state["max_steps"]
+    if given & {"max_steps", "num_train_epochs"}:  # counted as the Trainer counts them
+        whole = math.floor if args.dataloader_drop_last else math.ceil
+        batches = whole(whole(num_examples / args.per_device_train_batch_size) / args.world_size)
+        epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+        end = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    if end > state["global_step"]:
+        check_training_state(checkpoint, args)
+    return max(0, end - state["global_step"])
 
 
 def finish_from(checkpoint: Path, args: TrainingArguments, companions: Companions, figures: dict) -> None:
@@ -302,16 +300,15 @@ def follow_schedule(scheduler: Any, step: int, max_steps: int) -> None:
 
 
 class GoOn(TrainerCallback, ExportableState):
-    """What the Trainer forgets at a checkpoint: losses that are not logged yet, intervals that are given anew. And at
-    Ctrl-C what was saved last, and the command that goes on.
+    """What the Trainer forgets at a checkpoint: losses that are not logged yet, intervals that are given anew. At
+    Ctrl-C, what was saved last and the command that goes on.
 
     Args:
         resume: the checkpoint that the run goes on from, if any.
-        command: gives the command that goes on from a checkpoint.
     """
 
-    def __init__(self, trainer: transformers.Trainer, resume: str | None, command: Callable[[str], str]):
-        self.trainer, self.saved, self.command = trainer, resume, command
+    def __init__(self, trainer: transformers.Trainer, resume: str | None, train_data_file: list[str]):
+        self.trainer, self.saved, self.train_data_file = trainer, resume, train_data_file
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps, as losses_so_far() returns it."""
@@ -330,29 +327,25 @@ class GoOn(TrainerCallback, ExportableState):
         state.compute_steps(args, state.max_steps)  # the Trainer takes the checkpoint's intervals
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as under nohup
             # at once: KeyboardInterrupt comes out of a collective as another rank's error
-            signal.signal(signal.SIGINT, lambda number, frame: self.stop(state.global_step))
+            stop = lambda *_: end_by_ctrl_c(f"at step {state.global_step}", self.saved and self.command(args))
+            signal.signal(signal.SIGINT, stop)
 
     def on_save(self, args, state, control, **kwargs):
         self.saved = str(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
-    def stop(self, step: int) -> None:
-        """End the process, and say how to go on."""
-        how = f"Saved last: {self.saved}. To go on: {self.command(self.saved)}" if self.saved else NOTHING_SAVED
-        end_by_ctrl_c(f"at step {step}. {how}")
+    def command(self, args: TrainingArguments) -> str:
+        """What was saved last, and the command that goes on from it: train.sh where that has started us."""
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        launcher = f"torchrun --nproc_per_node {ranks}" if args.world_size > 1 else "python"
+        begin = os.environ.get("GO_ON_WITH") or f"{launcher} {shlex.quote(sys.argv[0])}"
+        flags = ["--resume_from_checkpoint", self.saved, "--train_data_file", *self.train_data_file]
+        return f"Saved last: {self.saved}. To go on: {begin} {shlex.join([*flags, '--output_dir', args.output_dir])}"
 
 
-def end_by_ctrl_c(what: str = f"before the first step. {NOTHING_SAVED}") -> None:
-    """Say, on rank 0, what Ctrl-C has stopped, and end by the signal itself."""
+def end_by_ctrl_c(when: str, how: str | None = None) -> None:
+    """Say, on rank 0, what Ctrl-C has stopped and how to go on, and end by the signal itself."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"\nstopped by Ctrl-C {what}", file=sys.stderr, flush=True)
+        how = how or "Nothing is saved yet: start the same command again"
+        print(f"\nstopped by Ctrl-C {when}. {how}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
-
-
-def command_to_go_on(train_data_file: list[str], output_dir: str, checkpoint: str) -> str:
-    """The command that goes on from a checkpoint: train.sh where that has started us, else train.py."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    launcher = f"torchrun --nproc_per_node {ranks}" if number_of_processes() > 1 else "python"
-    begin = os.environ.get("GO_ON_WITH") or f"{launcher} {shlex.quote(sys.argv[0])}"
-    flags = ["--resume_from_checkpoint", checkpoint, "--train_data_file", *train_data_file, "--output_dir", output_dir]
-    return f"{begin} {shlex.join(flags)}"

@@ -11,7 +11,6 @@ Exit codes: 0 done, 2 refused before training (one message says what and where),
 anything else: failed.
 """
 
-import functools
 import json
 import os
 import sys
@@ -38,17 +37,7 @@ from model import (
     number_of_parameters,
     takes_supervised_head,
 )
-from resume import (
-    GoOn,
-    check_training_state,
-    command_to_go_on,
-    end_by_ctrl_c,
-    finish_from,
-    keep_rows,
-    read_trainer_state,
-    steps_of_run,
-    take_up,
-)
+from resume import GoOn, end_by_ctrl_c, finish_from, keep_rows, steps_left, take_up
 from trainer import Trainer, mean_loss
 
 
@@ -78,17 +67,12 @@ def main(argv: list[str]) -> None:
         note(f"{figures['num_examples']} sequences in {len(examples)} bins, which are {examples.fill:.1%} full")
     tokenizer_path = model_args.tokenizer_name_or_path or model_args.model_name_or_path
     companions = Companions.read(base or model_args.model_name_or_path, tokenizer_path)
-    if resume:
-        state = read_trainer_state(Path(resume))
-        other_end = model_args.given & {"max_steps", "num_train_epochs"}
-        steps = steps_of_run(training_args, len(examples)) if other_end else state["max_steps"]
-        if state["global_step"] >= steps:
-            note(f"{resume} is the end of a finished run: no step is left, its final files are written")
-            lock_output_dir(training_args, begin=True)  # all ranks have looked at output_dir then
-            if training_args.should_save:
-                finish_from(Path(resume), training_args, companions, figures | dict.fromkeys(Meter.FIGURES))
-            return
-        check_training_state(resume, training_args)
+    if resume and not steps_left(resume, training_args, len(examples), model_args.given):
+        note(f"{resume} is the end of a finished run: no step is left, its final files are written")
+        lock_output_dir(training_args, begin=True)  # all ranks have looked at output_dir then
+        if training_args.should_save:
+            finish_from(Path(resume), training_args, companions, figures | dict.fromkeys(Meter.FIGURES))
+        return
     probe = Probe(training_args.probe_file, tokenizer) if training_args.probe_file else None
 
     # 3. Model. Seeded before: what is drawn at random is drawn here.
@@ -126,15 +110,13 @@ def main(argv: list[str]) -> None:
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
-    command = functools.partial(command_to_go_on, data_args.train_data_file, training_args.output_dir)
-    for ours in (ProgressLine(), GoOn(trainer, resume, command)):
+    for ours in (ProgressLine(), GoOn(trainer, resume, data_args.train_data_file)):
         trainer.add_callback(ours)
 
     # 5. Run.
     if earlier_run and training_args.should_save:
         set_aside(Path(training_args.output_dir))
     result = trainer.train(resume_from_checkpoint=resume)
-    trainer.stop_if_not_finite()
 
     # 6. Save: the final model at the top of output_dir, the curve and the figures beside it.
     trainer.save_model()
@@ -185,5 +167,5 @@ if __name__ == "__main__":
     except SystemExit as stopped:
         leave(stopped.code or 0)
     except KeyboardInterrupt:
-        end_by_ctrl_c()
+        end_by_ctrl_c("before the first step")
     leave(0)
