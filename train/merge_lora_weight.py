@@ -23,7 +23,7 @@ import sys
 import time
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -209,15 +209,23 @@ def merged(
 
 @contextmanager
 def written_aside(output: Path) -> Iterator[Path]:
-    """A temporary directory beside `output`, which it becomes at the end; removed on any error or signal to stop."""
+    """A temporary directory beside `output`, which it becomes at the end; removed on any error or signal to stop, with
+    the parents that were made for it."""
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    made = [parent for parent in output.parents if not parent.exists()]
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
+
+    def clean_up() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # the result is in it, or another program's files
+                parent.rmdir()
 
     def stop(number: int, _frame: Any) -> NoReturn:
         for other in before:
             signal.signal(other, signal.SIG_IGN)  # a second signal must not cut the clean-up short
-        shutil.rmtree(temporary, ignore_errors=True)
+        clean_up()
         print(f"\nstopped by {signal.Signals(number).name}, nothing is left at {output}", file=sys.stderr, flush=True)
         os._exit(128 + number)  # not SystemExit: torch swallows what is raised within a call of its own
 
@@ -230,7 +238,7 @@ def written_aside(output: Path) -> Iterator[Path]:
             signal.signal(number, signal.SIG_IGN)  # whole from here on
         temporary.rename(output)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        clean_up()
         for number, handler in before.items():
             signal.signal(number, handler)
 

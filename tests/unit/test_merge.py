@@ -472,7 +472,17 @@ def test_a_full_disk_leaves_nothing(when, pair, merge, tmp_path, monkeypatch):
     code, _, err = merge("--adapter_model_path", pair[1], "--output_path", tmp_path / "deep" / "out")
     assert code == 2
     assert ("make room" if when == "before" else "No space left on device") in err
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith("out")]
+    assert not [*tmp_path.iterdir()], "the parents that it made go too"
+
+
+def test_only_the_parents_that_it_made_go(pair, merge, tmp_path):
+    base = shutil.copytree(pair[0], tmp_path / "base")
+    edit_tensors(base / SHARD, lambda held: {name: tensor + 1e5 for name, tensor in held.items()})
+    (tmp_path / "before").mkdir()
+    args = ["--base_model_path", base, "--adapter_model_path", pair[1], "--save_dtype", "fp16", "--output_path"]
+    code, _, err = merge(*args, tmp_path / "before" / "a" / "b" / "out")
+    assert (code, "not finite in torch.float16" in err) == (2, True)
+    assert [*(tmp_path / "before").iterdir()] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
@@ -481,9 +491,9 @@ def test_a_signal_leaves_nothing(number, pair, tmp_path):
     ballast = {f"model.ballast.{part}": torch.ones(2**20) for part in range(100)}  # 400 MB: time to be stopped in
     save_file(tensors(base) | ballast, base / "model.safetensors", metadata={"format": "pt"})
     command = [sys.executable, SCRIPT, "--base_model_path", base, "--adapter_model_path", adapter]
-    command += ["--output_path", tmp_path / "out", "--max_shard_size", "4MB"]
+    command += ["--output_path", tmp_path / "deep" / "out", "--max_shard_size", "4MB"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        while process.poll() is None and not [*tmp_path.glob("out.tmp-*/*00003-of-*")]:
+        while process.poll() is None and not [*tmp_path.glob("deep/out.tmp-*/*00003-of-*")]:
             time.sleep(0.001)
         process.send_signal(number)
         err = process.communicate()[1]
