@@ -276,7 +276,11 @@ class Companions:
     @classmethod
     def read(cls, base: str | None, tokenizer_path: str) -> "Companions":
         """Of the tokenizer's directory and the base's, where there is one."""
-        files = beside_weights(Path(tokenizer_path))
+        found = model_files(Path(tokenizer_path))
+        if base and Path(base).is_dir() and not Path(base).samefile(tokenizer_path):
+            # the tokenizer's own files win: --tokenizer_name_or_path may be another directory than the base
+            found = model_files(Path(base)) | found
+        files = {name: path.read_bytes() for name, path in found.items()}
         if base is None or not Path(base).is_dir():
             return cls(files)
         config = read_json(Path(base) / "config.json")
@@ -289,9 +293,6 @@ class Companions:
         layers = config.get("num_hidden_layers") or math.inf
         beyond = {name for name in names if name.startswith("model.mtp_layers.")}
         beyond |= {n for n in names if (layer := re.match(r"model\.layers\.(\d+)\.", n)) and int(layer[1]) >= layers}
-        # the tokenizer's own files win: --tokenizer_name_or_path may be another directory than the base
-        if Path(base).resolve() != Path(tokenizer_path).resolve():
-            files = beside_weights(Path(base)) | files
         opened = {file: open_tensors(Path(base) / file) for file in {tensors[name].file for name in beyond | fp32}}
         sources = {name: opened[tensors[name].file] for name in beyond | fp32}
         return cls(files, config, frozenset(names), frozenset(fp32), frozenset(beyond), sources)
@@ -325,8 +326,3 @@ class Companions:
             config[key] = str(dtype).removeprefix("torch.")
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
-
-
-def beside_weights(source: Path) -> dict[str, bytes]:
-    """name → content of a directory's files that belong to a model, weights and config left out."""
-    return {name: (source / name).read_bytes() for name in model_files(source)}

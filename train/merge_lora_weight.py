@@ -349,9 +349,9 @@ def main(argv: list[str] | None = None) -> None:
                 (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
             config |= {key: str(STORED[saved])[6:] for key in ("dtype", "torch_dtype") if key in config}
             (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            for name in copied:
+            for name, file in copied.items():
                 (temporary / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(base / name, temporary / name)
+                shutil.copyfile(file, temporary / name)
             apply_umask(temporary)
             if args.verify:
                 wanted = {(name, tensor.shape, dtypes[name]) for name, tensor in tensors.items()}

@@ -171,21 +171,20 @@ def code_files(directory: Path, auto_map: dict | list) -> list[str]:
     return found
 
 
-def model_files(directory: Path) -> list[str]:
-    """The files of a model directory beside its weights and config.json, by name. Prints what else there is."""
+def model_files(directory: Path) -> dict[str, Path]:
+    """{name: path} of a model directory's files beside its weights and config.json. Prints what else is there."""
     paths = [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]
-    found = {path.relative_to(directory).as_posix(): path for path in paths}
-    configs = (read_json(found[name]) for name in ("config.json", "tokenizer_config.json") if name in found)
-    code = {file for config in configs for file in code_files(directory, config.get("auto_map") or {})}
-    kept = {name for name, path in found.items() if path.is_file() and (name in code or OF_A_MODEL.fullmatch(name))}
-    kept = {name for name in kept if not NOT_LISTED.fullmatch(name)}
-    left = sorted(name for name in found.keys() - kept if not NOT_LISTED.fullmatch(name))
-    if "adapter_config.json" in found:  # PEFT writes a README.md, and the base's code came with the adapter
+    found = {name: path for path in paths if not NOT_LISTED.fullmatch(name := path.relative_to(directory).as_posix())}
+    configs = [path for name in ("config.json", "tokenizer_config.json") if (path := directory / name).is_file()]
+    code = {file for config in configs for file in code_files(directory, read_json(config).get("auto_map") or {})}
+    kept = {n: path for n, path in found.items() if path.is_file() and (n in code or OF_A_MODEL.fullmatch(n))}
+    left = sorted(found.keys() - kept.keys())
+    if (directory / "adapter_config.json").exists():  # PEFT's README.md, and code that came with the adapter
         left = [name for name in left if not name.endswith((".py", "README.md"))]
     if left:
-        more = f" and {len(left) - 20} more" if len(left) > 20 else ""
-        note(f"not copied from {directory}: {', '.join(left[:20])}{more} (not files of a model)")
-    return sorted(kept)
+        shown = ", ".join(left[:20] + ["…"] * (len(left) > 20))
+        note(f"not copied from {directory}: {shown} (not files of a model)")
+    return kept
 
 
 def apply_umask(directory: Path) -> None:

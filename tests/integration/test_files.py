@@ -112,7 +112,7 @@ def test_code_is_followed_and_what_is_missing_is_no_error(tmp_path, capsys):
     (tmp_path / "t.py").write_bytes("# 中文\nfrom .unseen import x".encode("gbk"))  # Python itself refuses it
     (tmp_path / "z.py").touch()
     assert sorted(code_files(tmp_path, {"AutoConfig": "a.C"})) == ["a.py", "b.py", "gone.py"]
-    assert model_files(tmp_path) == ["a.py", "b.py", "t.py", "tokenizer_config.json"]
+    assert sorted(model_files(tmp_path)) == ["a.py", "b.py", "t.py", "tokenizer_config.json"]
     assert capsys.readouterr().out == f"not copied from {tmp_path}: z.py (not files of a model)\n"
 
 
@@ -120,8 +120,8 @@ def test_at_most_twenty_are_named(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     for i in range(23):
         (tmp_path / f"{i:02}.log").touch()
-    assert model_files(tmp_path) == []
-    assert capsys.readouterr().out.endswith(", 18.log, 19.log and 3 more (not files of a model)\n")
+    assert model_files(tmp_path) == {}
+    assert capsys.readouterr().out.endswith(", 18.log, 19.log, … (not files of a model)\n")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_at_most_twenty_are_named(tmp_path, capsys):
 )  # fmt: skip
 def test_a_models_file_is_kept(name, tmp_path, capsys):
     (tmp_path / name).write_text("{}")
-    assert model_files(tmp_path) == [name] and not capsys.readouterr().out
+    assert model_files(tmp_path) == {name: tmp_path / name} and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
