@@ -28,8 +28,22 @@ from node import BEAT_SECONDS, KILL_SECONDS, SILENCE_SECONDS, die_with_parent
 from ssh import Node, connect, examine, flag, is_on, number_from, read_nodes, visit
 
 FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_", "CUDA_", "DS_", "WANDB_", "PYTORCH_", "TRANSFORMERS_", "TQDM_")
+FORWARDED += ("SHARP_", "SWANLAB_", "TRACKIO_", "MLFLOW_", "MODELSCOPE_", "TORCHINDUCTOR_", "TOKENIZERS_", "TRITON_")
+FORWARDED += ("UCX_", "FI_", "MKL_", "CUBLAS_")
 SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")  # what a container sets is not there in a session of ssh
 GRACE_SECONDS = 12  # for the other processes to end by themselves, once one has failed
+
+
+def forwarded(env: dict[str, str]) -> dict[str, str]:
+    """The variables that the ranks on every node get. Refused: a name in FORWARD=NAME,NAME that is not set."""
+    further = [name.strip() for name in env.get("FORWARD", "").split(",") if name.strip()]
+    for name in further:
+        if name not in env or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise Refused(
+                f"FORWARD: {name.partition('=')[0]!r} is not the name of a variable that is set here; export it"
+            )
+    names = {name for name in env if name.startswith(FORWARDED) or name.lower().endswith("_proxy")}
+    return {name: env[name] for name in env if name in names.union(SEARCHED, further)}
 
 
 def free_port() -> int:
@@ -208,7 +222,7 @@ def main(command: list[str], log: str | None) -> int:
     if several:
         if flag(command, "hub_token"):
             raise Refused("--hub_token: would stand in every node's process list; export HF_TOKEN instead")
-        env = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED) or name in SEARCHED}
+        env = forwarded(dict(os.environ))
     for node in nodes:
         connect(node, inbox)
     if several:
