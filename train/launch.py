@@ -101,6 +101,18 @@ class Printer:
             self.thread.join(timeout=0.2)
 
 
+def part(nodes: list[Node]) -> None:
+    """Close the connections, and wait until the nodes are gone, but for one beyond reach, which ends by itself."""
+    for node in nodes:
+        node.hang_up()
+    deadline = time.monotonic() + 5
+    for node in nodes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.process.wait(timeout=max(0, deadline - time.monotonic()))
+        if node.number:
+            node.process.kill()
+
+
 @dataclass
 class Failure:
     """What failed. Of failures in the same second the heaviest one is told of: a rank that ends with exit code 1 may
@@ -132,11 +144,11 @@ class Watch:
             for node in self.nodes:
                 node.send(signal=number)
 
-    def end(self, grace: float) -> None:
-        """Every node lets its ranks end by themselves for `grace` seconds, then ends them."""
+    def end(self, grace: float, refused: bool = False) -> None:
+        """Every node ends its ranks after `grace` seconds. Where the job was `refused`, it leaves nothing behind."""
         self.ending, self.deadline = True, time.monotonic() + grace + KILL_SECONDS + 8
         for node in self.nodes:
-            node.send(end=grace)
+            node.send(end=grace, refused=refused)
 
     def lost(self, node: Node, why: str) -> None:
         """Nothing more is expected of a node."""
@@ -188,17 +200,10 @@ class Watch:
             if self.failures and not self.ending and now - self.failures[0].when > 1:
                 lost = any(failure.weight == 2 for failure in self.failures)
                 refused = any(failure.code == 2 for failure in self.failures)  # and rank 0 has said why
-                self.end(0 if lost else 3 if refused else GRACE_SECONDS)
+                self.end(0 if lost else 3 if refused else GRACE_SECONDS, refused)
             if self.ending and now > self.deadline:
                 break
-        for node in self.nodes:
-            node.hang_up()
-        deadline = time.monotonic() + 5
-        for node in self.nodes:  # gone, but for one beyond reach, which ends by itself
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                node.process.wait(timeout=max(0, deadline - time.monotonic()))
-            if node.number:
-                node.process.kill()
+        part(self.nodes)
         return self.verdict()
 
     def verdict(self) -> int:
@@ -226,7 +231,11 @@ def main(command: list[str], log: str | None) -> int:
     for node in nodes:
         connect(node, inbox)
     if several:
-        command = check_saving(command, examine(nodes, inbox, command, port, env))
+        try:
+            command = check_saving(command, examine(nodes, inbox, command, port, env))
+        except Refused:  # once nothing is left of it on any node
+            part([node for node in nodes if node.facts])
+            raise
     watch = Watch(nodes, inbox, Printer(several))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: watch.signals.append(number))
