@@ -39,9 +39,8 @@ def forwarded(env: dict[str, str]) -> dict[str, str]:
     further = [name.strip() for name in env.get("FORWARD", "").split(",") if name.strip()]
     for name in further:
         if name not in env or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise Refused(
-                f"FORWARD: {name.partition('=')[0]!r} is not the name of a variable that is set here; export it"
-            )
+            bare = name.partition("=")[0]
+            raise Refused(f"FORWARD: {bare!r} is not the bare name of a variable that is set; export it")
     names = {name for name in env if name.startswith(FORWARDED) or name.lower().endswith("_proxy")}
     return {name: env[name] for name in env if name in names.union(SEARCHED, further)}
 
