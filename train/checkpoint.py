@@ -21,15 +21,13 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.core_model_loading import revert_weight_conversion
 
 from console import Refused, note, read_json
-from weights import CORRECTION_BIAS, open_tensors, read_tensors, some
+from weights import CORRECTION_BIAS, apply_umask, model_files, open_tensors, read_tensors, some
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 RUN_FILES = ("checkpoint-*", "*.safetensors*", "config.json", "adapter_config.json", "train*_results.json")
 RUN_FILES += ("trainer_state.json", "base.json")
+MODEL_MARKS = ("config.json", "adapter_config.json", "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin")
 LOCK = ".lock"
 locks = []  # open files, for as long as this process lives
-NOT_COPIED = ("config.json", "README.md", "adapter_config.json", "train_results.json", "trainer_state.json")
-NOT_COPIED += ("log_*.txt", "*.png", "latest", "zero_to_fp32.py", "zero_to_torch.py", "kept_in_fp32.json")
 
 
 # ------------------------------------------------------------------------------------------------- an earlier run
@@ -55,8 +53,7 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
             raise Refused(f"--output_dir {output}: is the {flag}'s own directory, its files would be overwritten")
     if resumed:
         return False
-    marks = ("config.json", "adapter_config.json", "tokenizer_config.json", *WEIGHT_FILES)
-    held = sorted(file.name for mark in marks for file in output.glob(mark))
+    held = sorted(file.name for mark in MODEL_MARKS for file in output.glob(mark))
     runs = (output / "train_results.json").exists() or any(output.glob("checkpoint-*"))
     if held and not runs and not (output / LOCK).exists():
         raise Refused(
@@ -179,7 +176,8 @@ class Companions:
     a checkpoint that is rotated away before the run ends.
 
     Attributes:
-        files: name → content of the tokenizer's and the base's files at their top, weights and config left out.
+        files: name → content of the files of a model in the tokenizer's directory and the base's, weights and config
+            left out.
         config: the base's config.json; None: the config stays as transformers saves it.
         names: its tensors.
         fp32_names: those that stay fp32 in a half-precision directory: what the base keeps so beside weights in half
@@ -198,7 +196,11 @@ class Companions:
     @classmethod
     def read(cls, base: str | None, tokenizer_path: str) -> "Companions":
         """Of the tokenizer's directory and the base's, where there is one."""
-        files = beside_weights(Path(tokenizer_path))
+        found = model_files(Path(tokenizer_path))
+        if base and Path(base).is_dir() and not Path(base).samefile(tokenizer_path):
+            # the tokenizer's own files win: --tokenizer_name_or_path may be another directory than the base
+            found = model_files(Path(base)) | found
+        files = {name: path.read_bytes() for name, path in found.items()}
         if base is None or not Path(base).is_dir():
             return cls(files)
         config = read_json(Path(base) / "config.json")
@@ -211,8 +213,6 @@ class Companions:
         layers = config.get("num_hidden_layers") or math.inf
         beyond = {name for name in names if name.startswith("model.mtp_layers.")}
         beyond |= {n for n in names if (layer := re.match(r"model\.layers\.(\d+)\.", n)) and int(layer[1]) >= layers}
-        # the tokenizer's own files win: --tokenizer_name_or_path may be another directory than the base
-        files = beside_weights(Path(base)) | files
         opened = {file: open_tensors(Path(base) / file) for file in {tensors[name].file for name in beyond | fp32}}
         sources = {name: opened[tensors[name].file] for name in beyond | fp32}
         return cls(files, config, frozenset(names), frozenset(fp32), frozenset(beyond), sources)
@@ -230,7 +230,9 @@ class Companions:
     def write(self, directory: Path, dtype: torch.dtype | None, masters: bool = False) -> None:
         """Put the files beside weights of `dtype`; None for an adapter, which has no config. `masters`: the weights
         are fp32 although the base is not."""
+        apply_umask(directory)
         for name, content in self.files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
         if masters and self.fp32_names:
             text = json.dumps({"tensors": sorted(self.fp32_names)}, indent=2) + "\n"
@@ -244,11 +246,3 @@ class Companions:
             config[key] = str(dtype).removeprefix("torch.")
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
-
-
-def beside_weights(source: Path) -> dict[str, bytes]:
-    """The files at a directory's top that are neither weights, nor the config, nor a run's own."""
-    files = (file for file in source.iterdir() if file.is_file())
-    return {
-        f.name: f.read_bytes() for f in files if not any(f.match(pattern) for pattern in WEIGHT_FILES + NOT_COPIED)
-    }

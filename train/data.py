@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chat_format import WARNINGS, ChatFormat
 from console import Refused, note
-from rows import CONVERTERS, SHOWN, BadRow, Report, data_files, parse_row
+from rows import ALPACA, NEEDED, SHAREGPT, SHOWN, BadRow, Report, data_files, parse_row
 
 IGNORE_INDEX = -100  # the label of a token that is not supervised
 
@@ -221,11 +221,8 @@ def say(report: Report, named: dict[str, list[str]], options: Options, bad_rows:
 
     if counts["bad"]:
         text = f"{counts['bad']} of {counts['rows']} rows are bad:\n" + listed("bad")
-        text += "".join(
-            f"\nTo convert rows {shape}:\n  {line} < rows.jsonl > converted.jsonl"
-            for shape, line in CONVERTERS.items()
-            if any(shape in what for what in named["bad"])
-        )
+        if any(what.endswith((ALPACA, SHAREGPT)) for what in named["bad"]):
+            text += f"\n{NEEDED}"
         if bad_rows == "error":
             raise Refused(text + "\nMend them, or leave them out with --bad_rows skip")
         note(f"--bad_rows skip: {text}")

@@ -28,8 +28,21 @@ from node import BEAT_SECONDS, KILL_SECONDS, SILENCE_SECONDS, die_with_parent
 from ssh import Node, connect, examine, flag, is_on, number_from, read_nodes, visit
 
 FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_", "CUDA_", "DS_", "WANDB_", "PYTORCH_", "TRANSFORMERS_", "TQDM_")
+FORWARDED += ("SHARP_", "SWANLAB_", "TRACKIO_", "MLFLOW_", "MODELSCOPE_", "TORCHINDUCTOR_", "TOKENIZERS_", "TRITON_")
+FORWARDED += ("UCX_", "FI_", "MKL_", "CUBLAS_")
 SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")  # what a container sets is not there in a session of ssh
 GRACE_SECONDS = 12  # for the other processes to end by themselves, once one has failed
+
+
+def forwarded(env: dict[str, str]) -> dict[str, str]:
+    """The variables that the ranks on every node get. Refused: a name in FORWARD=NAME,NAME that is not set."""
+    further = [name.strip() for name in env.get("FORWARD", "").split(",") if name.strip()]
+    for name in further:
+        if name not in env or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            bare = name.partition("=")[0]
+            raise Refused(f"FORWARD: {bare!r} is not the bare name of a variable that is set; export it")
+    names = {name for name in env if name.startswith(FORWARDED) or name.lower().endswith("_proxy")}
+    return {name: env[name] for name in env if name in names.union(SEARCHED, further)}
 
 
 def free_port() -> int:
@@ -87,6 +100,18 @@ class Printer:
             self.thread.join(timeout=0.2)
 
 
+def part(nodes: list[Node]) -> None:
+    """Close the connections, and wait until the nodes are gone, but for one beyond reach, which ends by itself."""
+    for node in nodes:
+        node.hang_up()
+    deadline = time.monotonic() + 5
+    for node in nodes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.process.wait(timeout=max(0, deadline - time.monotonic()))
+        if node.number:
+            node.process.kill()
+
+
 @dataclass
 class Failure:
     """What failed. Of failures in the same second the heaviest one is told of: a rank that ends with exit code 1 may
@@ -118,11 +143,11 @@ class Watch:
             for node in self.nodes:
                 node.send(signal=number)
 
-    def end(self, grace: float) -> None:
-        """Every node lets its ranks end by themselves for `grace` seconds, then ends them."""
+    def end(self, grace: float, refused: bool = False) -> None:
+        """Every node ends its ranks after `grace` seconds. Where the job was `refused`, it leaves nothing behind."""
         self.ending, self.deadline = True, time.monotonic() + grace + KILL_SECONDS + 8
         for node in self.nodes:
-            node.send(end=grace)
+            node.send(end=grace, refused=refused)
 
     def lost(self, node: Node, why: str) -> None:
         """Nothing more is expected of a node."""
@@ -174,17 +199,10 @@ class Watch:
             if self.failures and not self.ending and now - self.failures[0].when > 1:
                 lost = any(failure.weight == 2 for failure in self.failures)
                 refused = any(failure.code == 2 for failure in self.failures)  # and rank 0 has said why
-                self.end(0 if lost else 3 if refused else GRACE_SECONDS)
+                self.end(0 if lost else 3 if refused else GRACE_SECONDS, refused)
             if self.ending and now > self.deadline:
                 break
-        for node in self.nodes:
-            node.hang_up()
-        deadline = time.monotonic() + 5
-        for node in self.nodes:  # gone, but for one beyond reach, which ends by itself
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                node.process.wait(timeout=max(0, deadline - time.monotonic()))
-            if node.number:
-                node.process.kill()
+        part(self.nodes)
         return self.verdict()
 
     def verdict(self) -> int:
@@ -208,11 +226,15 @@ def main(command: list[str], log: str | None) -> int:
     if several:
         if flag(command, "hub_token"):
             raise Refused("--hub_token: would stand in every node's process list; export HF_TOKEN instead")
-        env = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED) or name in SEARCHED}
+        env = forwarded(dict(os.environ))
     for node in nodes:
         connect(node, inbox)
     if several:
-        command = check_saving(command, examine(nodes, inbox, command, port, env))
+        try:
+            command = check_saving(command, examine(nodes, inbox, command, port, env))
+        except Refused:  # once nothing is left of it on any node
+            part([node for node in nodes if node.facts])
+            raise
     watch = Watch(nodes, inbox, Printer(several))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: watch.signals.append(number))

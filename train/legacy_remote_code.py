@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from console import Refused, choice, read_json
 from router import first_of
-from weights import check_whole
+from weights import check_whole, code_files
 
 LEGACY = "hunyuan"  # model_type of Hunyuan-Large and the first A13B
 
@@ -126,16 +126,9 @@ def not_native(config: dict) -> str | None:
 
 def check_code(directory: Path, auto_map: dict) -> None:
     """Refuse a directory whose `auto_map`, or a file that it names, names a file that is not there."""
-    names = [name for value in auto_map.values() for name in (value if isinstance(value, list) else [value]) if name]
-    waiting, seen = [name.split(".")[0] for name in names if "--" not in name], set()
-    while waiting:
-        name = waiting.pop()
-        file = directory / f"{name}.py"
-        if not file.is_file():
-            raise Refused(f"{directory}: its code needs {file.name}, which is not there")
-        if name not in seen:
-            seen.add(name)
-            waiting += re.findall(r"^\s*from \.(\w+) import", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for file in code_files(directory, auto_map):
+        if not (directory / file).is_file():
+            raise Refused(f"{directory}: its code needs {file}, which is not there")
 
 
 def load_class(path: str, auto_map: dict) -> type[PreTrainedModel]:

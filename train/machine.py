@@ -35,7 +35,7 @@ def choose_device(args: transformers.TrainingArguments) -> None:
     if glob.glob("/dev/nvidia[0-9]*") and not hidden:
         try:
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split()[0]
+            driver = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout.split()[0]
         except (OSError, subprocess.SubprocessError, IndexError):
             driver = "unknown"
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"

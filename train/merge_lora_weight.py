@@ -5,10 +5,11 @@
     python merge_lora_weight.py --verify logits  # and compare the result with base + adapter as PEFT computes them
 
 Works on the safetensors files shard by shard and never builds the model: it needs memory for about one shard. A weight
-is merged in fp32 and rounded once; names, shards, index and all other files are the base's, config.json but for its
-dtype. It is written beside the output and renamed at the end. Refused (exit code 2, nothing at the output): an adapter
-that is empty, does not fit the base or is more than LoRA or DoRA on linear layers and routed experts; a base that is
-quantised, not whole or not safetensors; an output that is not empty; values that do not fit the dtype; a full disk.
+is merged in fp32 and rounded once; names, shards, index and the other files of a model are the base's, config.json but
+for its dtype. It is written beside the output and renamed at the end. Refused (exit code 2, nothing at the output): an
+adapter that is empty, does not fit the base or is more than LoRA or DoRA on linear layers and routed experts; a base
+that is quantised, not whole or not safetensors; an output that is not empty; values that do not fit the dtype; a full
+disk.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import sys
 import time
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +34,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from console import Parser, Refused, choice, newest, read_json
-from weights import CORRECTION_BIAS, INDEX, STORED, Stored, open_tensors, read_tensors, some
+from weights import CORRECTION_BIAS, INDEX, STORED, Stored, apply_umask, model_files, open_tensors, read_tensors, some
 
 OUTPUT_ROOT = Path(__file__).resolve().parent / "output"
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}  # as --save_dtype and as safetensors headers spell them
@@ -54,11 +55,6 @@ BEYOND_LORA = (
     "kasa_config",
 )
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
-# Not copied from the base: weights, config.json (written anew), and what the run that trained it has left there.
-LEFT_OUT = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|gguf)(\.index\.json)?|config\.json|.*\.tmp-\d+|runs|latest"
-    r"|log_.*\.txt|loss\.png|train_results\.json|trainer_state\.json|previous-.*|zero_to_.*\.py"
-)
 
 # What it gains: keys of the adapter, a factor; of stacked experts how many there are, which one the tensor is (None:
 # all, fused), which rows of their lora_B are its own.
@@ -174,15 +170,6 @@ def plan_files(tensors: dict[str, Stored], sizes: dict[str, int], limit: int) ->
     return [(f"model-{number:05d}-of-{len(parts):05d}.safetensors", part[1]) for number, part in enumerate(parts, 1)]
 
 
-def left_out(folder: str | Path, names: list[str]) -> set[str]:
-    """What of the base directory is not copied: LEFT_OUT, hidden directories, and models and adapters of their own
-    (checkpoints)."""
-    inner = {name for name in names if Path(folder, name).is_dir()}
-    marks = ("config.json", "adapter_config.json")
-    apart = {name for name in inner if name[0] == "." or any(Path(folder, name, mark).exists() for mark in marks)}
-    return apart | {name for name in names if LEFT_OUT.fullmatch(name)}
-
-
 def merged(
     tensor: torch.Tensor, update: Update, factor: Callable[[str], torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
@@ -209,15 +196,23 @@ def merged(
 
 @contextmanager
 def written_aside(output: Path) -> Iterator[Path]:
-    """A temporary directory beside `output`, which it becomes at the end; removed on any error or signal to stop."""
+    """A temporary directory beside `output`, which it becomes at the end; removed on any error or signal to stop, with
+    the parents that were made for it."""
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    made = [parent for parent in output.parents if not parent.exists()]
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
+
+    def clean_up() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # the result is in it, or another program's files
+                parent.rmdir()
 
     def stop(number: int, _frame: Any) -> NoReturn:
         for other in before:
             signal.signal(other, signal.SIG_IGN)  # a second signal must not cut the clean-up short
-        shutil.rmtree(temporary, ignore_errors=True)
+        clean_up()
         print(f"\nstopped by {signal.Signals(number).name}, nothing is left at {output}", file=sys.stderr, flush=True)
         os._exit(128 + number)  # not SystemExit: torch swallows what is raised within a call of its own
 
@@ -230,7 +225,7 @@ def written_aside(output: Path) -> Iterator[Path]:
             signal.signal(number, signal.SIG_IGN)  # whole from here on
         temporary.rename(output)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        clean_up()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -323,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         name: tensor.nbytes if name in keep else STORED[saved].itemsize * math.prod(tensor.shape)
         for name, tensor in tensors.items()
     }
-    parts = plan_files(tensors, sizes, args.max_shard_size)
+    parts, copied = plan_files(tensors, sizes, args.max_shard_size), model_files(base)
     needed = sum(sizes.values())
     free = shutil.disk_usage(next(parent for parent in output.parents if parent.exists())).free
     if free < needed:
@@ -354,7 +349,10 @@ def main(argv: list[str] | None = None) -> None:
                 (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
             config |= {key: str(STORED[saved])[6:] for key in ("dtype", "torch_dtype") if key in config}
             (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            shutil.copytree(base, temporary, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
+            for name, file in copied.items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, temporary / name)
+            apply_umask(temporary)
             if args.verify:
                 wanted = {(name, tensor.shape, dtypes[name]) for name, tensor in tensors.items()}
                 found = {(name, tensor.shape, tensor.dtype) for name, tensor in read_base(temporary)[2].items()}

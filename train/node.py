@@ -6,7 +6,8 @@ library only.
 
 Both sides write one JSON object a line. From the launcher: examine, look, start, signal, end, beat; to it: examined,
 seen, output, ended, late, done, beat. No value is ever part of a command line that a shell reads. When the launcher is
-silent for SILENCE_SECONDS, or its end of the connection closes, the ranks end.
+silent for SILENCE_SECONDS, or its end of the connection closes, the ranks end. A refused job leaves no file and no
+directory that was made here.
 """
 
 import codecs
@@ -29,10 +30,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 BEAT_SECONDS = 2
 SILENCE_SECONDS = 30  # without a beat: the other side, or the network to it, is gone
 KILL_SECONDS = 10  # from SIGTERM to SIGKILL
+GPU_SECONDS = 60  # for nvidia-smi: eight GPUs without persistence mode take more than 11
+GPU_DEVICES = "/dev/nvidia[0-9]*"
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "datasets")
 LIBC = ctypes.CDLL(None)
 STATES = {"T": "stopped (SIGSTOP)", "t": "stopped by a debugger", "D": "waiting for a disk", "Z": "a zombie"}
@@ -46,17 +50,22 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 # ---------------------------------------------------------------------------------------------------- examine
 
 
-def number_of_gpus(env: dict[str, str]) -> int:
-    """The NVIDIA GPUs that processes with this environment see."""
-    if shutil.which("nvidia-smi") is None:
+def number_of_gpus(env: dict[str, str]) -> int | None:
+    """The NVIDIA GPUs that processes with this environment see. None where that is unknown: nvidia-smi takes too long,
+    or it fails or is missing although there are devices."""
+    chosen, lines = env.get("CUDA_VISIBLE_DEVICES"), ""
+    named = [name for name in (chosen or "").split(",") if name.strip() and name.strip() != "-1"]
+    if chosen is not None and not named:
         return 0
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        lines = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10).stdout.splitlines()
-        number = sum(line.startswith("GPU") for line in lines)
-        chosen = env.get("CUDA_VISIBLE_DEVICES")
-        named = [name for name in (chosen or "").split(",") if name.strip() and name.strip() != "-1"]
-        return number if chosen is None else min(number, len(named))
-    return 0
+    try:
+        with contextlib.suppress(OSError):  # there is none
+            lines = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=GPU_SECONDS).stdout
+    except subprocess.TimeoutExpired:
+        return None
+    number = sum(line.startswith("GPU") for line in lines.splitlines())
+    if number == 0 and glob.glob(GPU_DEVICES):
+        return None
+    return number if chosen is None else min(number, len(named))
 
 
 def sizes(path: str) -> dict[str, int] | None:
@@ -120,10 +129,13 @@ def reach(host: str, port: int) -> str | None:
     return None
 
 
-def writable(directory: str, marker: str) -> str | None:
-    """Make a directory and put a file there; what stands in the way, or None."""
+def writable(directory: str, marker: str, made: list[str]) -> str | None:
+    """Make a directory and put a file there; what stands in the way, or None. `made` gets the new directories, the
+    innermost first."""
     try:
-        os.makedirs(directory, exist_ok=True)
+        path = Path(directory).absolute()
+        made += [str(new) for new in (path, *path.parents) if not os.path.lexists(new)]
+        path.mkdir(parents=True, exist_ok=True)
         with open(os.path.join(directory, marker), "w") as file:
             file.write("x" * 4096)
     except OSError as error:
@@ -131,8 +143,8 @@ def writable(directory: str, marker: str) -> str | None:
     return None
 
 
-def examine(wanted: dict) -> dict:
-    """What the launcher compares between the nodes, seen with the variables that the ranks get."""
+def examine(wanted: dict, made: list[str]) -> dict:
+    """What the launcher compares between the nodes, seen with the variables of the ranks; `made` as in writable."""
     os.environ.update(wanted["env"])
     sys.path += wanted["env"].get("PYTHONPATH", "").split(":")
     there = os.path.isdir(wanted["cwd"])
@@ -141,6 +153,7 @@ def examine(wanted: dict) -> dict:
     shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
     return {
         "cwd": there,
+        "output": writable(wanted["output"], wanted["marker"], made) if there and wanted["output"] else None,
         "code": code(wanted["code"]),
         "versions": versions(),
         "paths": {path: sizes(path) for path in wanted["paths"]},
@@ -150,7 +163,6 @@ def examine(wanted: dict) -> dict:
         "interface": wanted["interface"] or interface_towards(*wanted["towards"]),
         "interfaces": [name for _, name in socket.if_nameindex()],
         "reach": reach(*wanted["reach"]) if wanted["reach"] else None,
-        "output": writable(wanted["output"], wanted["marker"]) if there and wanted["output"] else None,
     }
 
 
@@ -223,6 +235,7 @@ class Node:
     def __init__(self):
         self.inbox, self.outbox = queue.Queue(), queue.Queue()
         self.ranks, self.log, self.marker = [], None, None
+        self.made, self.refused = [], False  # what goes after a refusal; whether the launcher says that it is one
         self.heard = time.monotonic()
         self.deadlines = []  # (when, signal) still to come for the ranks that are left
 
@@ -248,7 +261,7 @@ class Node:
             try:
                 log.write(text)
                 log.flush()
-            except OSError:  # a full disk must not take the output with it
+            except (OSError, ValueError):  # a full disk, or closed: the output must not be lost with it
                 self.log = None
         self.outbox.put({"output": text})
 
@@ -260,8 +273,10 @@ class Node:
                 (without the interpreter), env (variables added to this process's own).
         """
         if job["log"]:
+            log = os.path.abspath(job["log"])
+            self.made[:0] = [] if os.path.lexists(log) else [log]
             with contextlib.suppress(OSError):
-                self.log = open(job["log"], "a", encoding="utf-8")  # noqa: SIM115
+                self.log = open(log, "a", encoding="utf-8")  # noqa: SIM115
         slots = job["slots"]
         env = {"PYTHONUNBUFFERED": "1", **os.environ, **job["env"], "PYTHONIOENCODING": "utf-8"}
         for local in range(slots):
@@ -279,13 +294,10 @@ class Node:
         self.deadlines = self.deadlines or [(asked, signal.SIGTERM), (asked + KILL_SECONDS, signal.SIGKILL)]
 
     def handle(self, message: dict) -> None:
-        """One message of the launcher; what cannot be examined becomes the answer {"error": …}."""
+        """One message of the launcher."""
         if "examine" in message:
             self.marker = (message["examine"]["output"], message["examine"]["marker"])
-            try:
-                self.outbox.put({"examined": examine(message["examine"])})
-            except OSError as error:
-                self.outbox.put({"examined": {"error": str(error)}})
+            threading.Thread(target=self.examine, args=(message["examine"],), daemon=True).start()
         elif "look" in message:
             output = self.marker[0]
             seen = [name for name in message["look"] if os.path.exists(os.path.join(output, name))]
@@ -297,13 +309,34 @@ class Node:
             for rank in self.left():
                 rank.send(message["signal"])
         elif "end" in message:
+            self.refused = message["refused"]
             self.end(message["end"])
+
+    def examine(self, wanted: dict) -> None:
+        """Answer the launcher, from a thread: nvidia-smi may take a minute, and the beat goes on. What cannot be
+        examined becomes the answer {"error": …}."""
+        try:
+            self.outbox.put({"examined": examine(wanted, self.made)})
+        except Exception as error:  # told by the launcher, whatever it is
+            self.outbox.put({"examined": {"error": f"{type(error).__name__}: {error}"}})
 
     def tidy(self) -> None:
         """Take the marker away that `examine` put down."""
         if self.marker and self.marker[0]:
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(*self.marker))
+
+    def leave_nothing(self) -> None:
+        """After a refusal take away what was made here. It is one where no rank was started, where all ranks say so,
+        or where another node's do, which ended these."""
+        codes = {rank.process.returncode for rank in self.ranks}
+        if not codes <= ({2, -signal.SIGTERM, -signal.SIGKILL} if self.refused else {2}):
+            return
+        if self.log:
+            self.log.close()  # NFS keeps an open file under another name
+        for path in self.made:
+            with contextlib.suppress(OSError):  # not empty: another's files
+                (os.remove if self.log and path == self.log.name else os.rmdir)(path)
 
     def full_disk(self) -> str:
         """Words on an output directory without room: libraries have others for it."""
@@ -348,9 +381,10 @@ class Node:
                     rank.send(number)
             if (self.ranks or gone) and not self.left():
                 break
+        self.tidy()
+        self.leave_nothing()
         self.outbox.put({"done": True})
         self.outbox.put(None)
-        self.tidy()
         transmitter.join(timeout=1 if gone else SILENCE_SECONDS)
         return gone
 

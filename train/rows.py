@@ -27,16 +27,7 @@ MAY_NOT_BE_TEXT = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")  # escapes of NUL a
 ARRAY = "one JSON array, not one object a line"
 ALPACA = "in the Alpaca shape (instruction, input, output), not messages"
 SHAREGPT = "in the ShareGPT shape (conversations of from and value), not messages"
-_ROWS = "for r in map(json.loads, filter(str.strip, sys.stdin))"
-CONVERTERS = {
-    ARRAY: "python -c 'import json, sys; [print(json.dumps(r)) for r in json.load(sys.stdin)]'",
-    ALPACA: """python -c 'import json, sys; [print(json.dumps({"messages": [{"role": "user", "content": """
-    """"\\n".join(filter(None, [r["instruction"], r.get("input")]))}, """
-    f"""{{"role": "assistant", "content": r["output"]}}]}})) {_ROWS}]'""",
-    SHAREGPT: """python -c 'import json, sys; n = {"human": "user", "gpt": "assistant"}; """
-    """[print(json.dumps({"messages": [{"role": n.get(m["from"], m["from"]), "content": m["value"]} """
-    f"""for m in r["conversations"]]}})) {_ROWS}]'""",
-}
+NEEDED = 'What is needed: one JSON object a line, each with "messages", written to another file'
 
 
 class BadRow(ValueError):
@@ -119,7 +110,7 @@ def read_lines(file: Path, notes: list[str]) -> Iterator[tuple[int, bytes | None
                 accepted["blank lines"] = None
                 continue
             if one_array:
-                raise Refused(f"{file}: is {ARRAY}. To convert it:\n  {CONVERTERS[ARRAY]} < {file} > rows.jsonl")
+                raise Refused(f"{file}: is {ARRAY}. {NEEDED}")
             any_row = True
             yield number, None if too_long else line, raw.tell()
     if not any_row:

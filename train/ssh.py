@@ -23,13 +23,15 @@ from json import dumps, loads
 from pathlib import Path
 
 from console import Refused
-from node import die_with_parent, number_of_gpus
+from node import GPU_SECONDS, die_with_parent, number_of_gpus
 
 HERE = Path(__file__).resolve().parent
 COMPARED = ("model_name_or_path", "tokenizer_name_or_path", "train_data_file", "eval_data_file", "deepspeed")
-EXAMINE_SECONDS = 12
+EXAMINE_SECONDS = 12  # without a sign of a node while it examines itself
+LONGEST_SECONDS = 75  # until it has done so: nvidia-smi may take a minute
 SHM_BYTES = 1 << 30
 BOOTSTRAP = "import sys; exec(compile(sys.stdin.buffer.read(int(sys.argv[1])), 'node.py', 'exec'))"
+NO_ANSWER = f"nvidia-smi -L fails or takes more than {GPU_SECONDS} s"
 
 
 # ------------------------------------------------------------------------------------------------ who takes part
@@ -69,26 +71,24 @@ def read_nodes(env: dict[str, str]) -> list[Node]:
         )
     own = number_from(env, "HOST_GPU_NUM")
     number_from(env, "SSH_PORT", 65535)
-    if name is None:
-        nodes = [Node("localhost", own or number_of_gpus(env) or 1)]
-    else:
-        nodes = [read_entry(entry.strip(), name, env) for entry in env[name].strip(" ,").split(",")]
-        if not all(node.slots for node in nodes):  # nvidia-smi takes seconds: asked only where it is needed, once
-            default = own or number_of_gpus(env) or 1
-            for node in nodes:
-                node.slots = node.slots or default
-        hosts = [node.host for node in nodes]
-        twice = next((host for host in hosts if hosts.count(host) > 1), None)
-        if twice:
-            raise Refused(f"{name}={env[name]}: {twice} stands there twice")
-        chief = env.get("LOCAL_IP") or hosts[0]
-        if chief not in hosts:
-            raise Refused(f"LOCAL_IP={chief} is not in {name}={env[name]}")
-        nodes.sort(key=lambda node: node.host != chief)
-        if own and nodes[0].slots != own:
-            raise Refused(
-                f"HOST_GPU_NUM={own}, but {name} gives this machine {nodes[0].host}:{nodes[0].slots}; correct one"
-            )
+    entries = [entry.strip() for entry in env[name].strip(" ,").split(",")] if name else []
+    nodes = [read_entry(entry, name, env) for entry in entries] or [Node("localhost", own or 0)]
+    if not all(node.slots for node in nodes):  # nvidia-smi takes seconds: asked only where it is needed, once
+        default = own or number_of_gpus(env)
+        if default is None:
+            raise Refused(f"{NO_ANSWER} here; run: nvidia-smi -pm 1, or set HOST_GPU_NUM (in NODE_IP_LIST ip:slots)")
+        for node in nodes:
+            node.slots = node.slots or default or 1
+    hosts = [node.host for node in nodes]
+    twice = next((host for host in hosts if hosts.count(host) > 1), None)
+    if twice:
+        raise Refused(f"{name}={env[name]}: {twice} stands there twice")
+    chief = name and env.get("LOCAL_IP") or hosts[0]
+    if chief not in hosts:
+        raise Refused(f"LOCAL_IP={chief} is not in {name}={env[name]}")
+    nodes.sort(key=lambda node: node.host != chief)
+    if own and nodes[0].slots != own:
+        raise Refused(f"HOST_GPU_NUM={own}, but {name} gives this machine {chief}:{nodes[0].slots}; correct one")
     where = f"{name}={env[name]}" if name else f"without NODE_IP_LIST and with HOST_GPU_NUM={nodes[0].slots}"
     for variable, value in (("NODES", len(nodes)), ("NODE_NUM", sum(node.slots for node in nodes))):
         given = number_from(env, variable)
@@ -276,14 +276,14 @@ def examine(nodes: list[Node], inbox: queue.Queue, command: list[str], port: int
         "output": output[-1] if output else None,
     }
     markers = [f".node-{job}-{node.number}" for node in nodes]
-    deadline = time.monotonic() + EXAMINE_SECONDS
+    deadline = time.monotonic() + LONGEST_SECONDS
     with listening(nodes[0].host, port):
         for node in nodes:
             towards = (nodes[0].host if node.number else looked_up(nodes[1].host)["hostname"], port)
             reach = (nodes[0].host, port) if node.number else None
             node.send(examine=wanted | {"towards": towards, "reach": reach, "marker": markers[node.number]})
         wait_for(nodes, inbox, "examined", deadline)
-    gpus = any(node.facts.get("gpus") for node in nodes) and not is_on(command, "use_cpu")
+    gpus = any(node.facts.get("gpus", 0) != 0 for node in nodes) and not is_on(command, "use_cpu")
     found = {node.host: problem_of(node, nodes[0], port, wanted["code"], gpus) for node in nodes}
     problems = {host: problem for host, problem in found.items() if problem}
     for node in nodes:
@@ -322,12 +322,15 @@ def listening(host: str, port: int):
 
 
 def wait_for(nodes: list[Node], inbox: queue.Queue, what: str, deadline: float) -> None:
-    """Put each node's answer into its facts; those that do not answer in time have none."""
+    """Put each node's answer into its facts; a node that was not heard from for EXAMINE_SECONDS, or has not answered
+    at the deadline, has none."""
     waiting = {node.host for node in nodes}
     while waiting and time.monotonic() < deadline:
+        waiting -= {node.host for node in nodes if time.monotonic() - node.heard > EXAMINE_SECONDS}
         with contextlib.suppress(queue.Empty):
             node, message = inbox.get(timeout=0.2)
             node.heard = time.monotonic()
+            node.send(beat=True)  # it is to hear from us too
             if message is None:
                 waiting.discard(node.host)
                 node.done = True
@@ -369,6 +372,8 @@ def problem_of(node: Node, chief: Node, port: int, code: str, gpus: bool) -> str
     for file in facts["lacks"]:
         how = "save with --save_on_each_node, or copy it" if node.number else "is it the right path?"
         return f"--resume_from_checkpoint: there is no {file}; {how}"
+    if gpus and facts["gpus"] is None:
+        return f"{NO_ANSWER} there; run there: nvidia-smi -pm 1"
     if gpus and facts["gpus"] < node.slots:
         return f"{node.slots} slots, but {facts['gpus']} GPUs are visible there (nvidia-smi -L); correct NODE_IP_LIST"
     if gpus and facts["shm"] < SHM_BYTES:
@@ -409,7 +414,8 @@ def copy(path: str, here: dict, there: dict | None, host: str) -> str:
 def why_no_answer(node: Node) -> str:
     """What ssh said, with what mends it."""
     if not node.done:
-        return f"no answer within {EXAMINE_SECONDS} s; try: {by_hand(node.host)} true"
+        seconds = EXAMINE_SECONDS if time.monotonic() - node.heard > EXAMINE_SECONDS else LONGEST_SECONDS
+        return f"no answer within {seconds} s; try: {by_hand(node.host)} true"
     for thread in node.threads[1:]:
         thread.join(timeout=2)
     said = "\n".join(node.complaints)

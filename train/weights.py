@@ -5,8 +5,10 @@ Refused (exit code 2): files that are missing, cut, or not as their index says; 
 misshapen: they would be trained from random values, or lost when saving.
 """
 
+import contextlib
 import copy
 import math
+import os
 import re
 from collections import Counter, namedtuple
 from collections.abc import Iterable
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from console import Refused, read_json
+from console import Refused, note, read_json
 
 INDEX = "model.safetensors.index.json"
 # Unexpected, and no harm: a tied head may stand in the file as well (ZeRO-2 writes it), and old files hold the rotary
@@ -135,3 +137,61 @@ def check_whole(path: str | Path, cls: type, config: Any) -> None:
     for kind, names in odd.items():
         if names:
             raise Refused(f"--model_name_or_path {path}: {len(names)} weights are {kind}: {some(names)}")
+
+
+# ------------------------------------------------------------------------------------- the files beside the weights
+
+# What of them is a model's. Python files are where an auto_map reaches them; config.json is written anew.
+OF_A_MODEL = re.compile(
+    r"(?!\.|.*\.(py|env|key|log|gz|tgz|zip|tar|bak)$)("
+    r"(generation|preprocessor|processor)_config\.json|(special_tokens_map|added_tokens)\.json"
+    r"|(tokenizer|vocab|merges|chat_template).*|.*\.(tiktoken|model|vocab)|additional_chat_templates/.*\.jinja"
+    r"|(?i:(.*[-_ ])?(licen[cs]e|notice)s?([-_. ].*)?))"
+)
+# What is no news where it stays behind: weights, and what training and merging leave.
+NOT_LISTED = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf)(\.index\.json)?|.*\.tmp-\d+|.*\.lock|log_.*\.txt|loss\.png|rng_state.*"
+    r"|(config|adapter_config|base|kept_in_fp32|trainer_state|.*_results)\.json|zero_to_.*\.py|latest|runs"
+    r"|(checkpoint|previous)-.*|global_step.*|additional_chat_templates"
+)
+
+
+def code_files(directory: Path, auto_map: dict | list) -> list[str]:
+    """The Python files that an auto_map reaches, their imports included, those that are missing too."""
+    values = auto_map.values() if isinstance(auto_map, dict) else auto_map
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    waiting, found = [name.split(".")[0] for name in names if isinstance(name, str) and "--" not in name], []
+    if waiting:
+        from transformers.dynamic_module_utils import get_relative_imports  # takes seconds to import: only here
+    while waiting:
+        if (file := f"{waiting.pop()}.py") not in found:
+            found.append(file)
+            with contextlib.suppress(OSError, UnicodeDecodeError):  # a missing one: whoever runs it refuses it
+                waiting += get_relative_imports(directory / file)
+    return found
+
+
+def model_files(directory: Path) -> dict[str, Path]:
+    """{name: path} of a model directory's files beside its weights and config.json. Prints what else is there."""
+    paths = [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]
+    found = {name: path for path in paths if not NOT_LISTED.fullmatch(name := path.relative_to(directory).as_posix())}
+    configs = [path for name in ("config.json", "tokenizer_config.json") if (path := directory / name).is_file()]
+    code = {file for config in configs for file in code_files(directory, read_json(config).get("auto_map") or {})}
+    kept = {n: path for n, path in found.items() if path.is_file() and (n in code or OF_A_MODEL.fullmatch(n))}
+    left = sorted(found.keys() - kept.keys())
+    if (directory / "adapter_config.json").exists():  # PEFT's README.md, and code that came with the adapter
+        left = [name for name in left if not name.endswith((".py", "README.md"))]
+    if left:
+        shown = ", ".join(left[:20] + ["…"] * (len(left) > 20))
+        note(f"not copied from {directory}: {shown} (not files of a model)")
+    return kept
+
+
+def apply_umask(directory: Path) -> None:
+    """Give the safetensors files of a directory the mode that the umask says. safetensors 0.8 writes 0600, which
+    another user's server cannot read; goes with the release that does not."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in directory.glob("*.safetensors"):
+        with contextlib.suppress(OSError):  # some network disks have no modes
+            file.chmod(0o666 & ~umask)

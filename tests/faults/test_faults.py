@@ -223,3 +223,41 @@ def test_before_it_begins(name, bed, table):
     if code == 2:
         assert not any(path.name.startswith("checkpoint-") for path in bed.folder.rglob("*"))
         assert "Traceback" not in job.output
+
+
+@pytest.mark.parametrize(
+    "name", ["not ready", "a bad row", pytest.param("an unknown flag", marks=pytest.mark.campaign)]
+)
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.campaign)], ids=["apart", "shared"])
+def test_a_refusal_leaves_nothing_on_the_nodes(name, shared, bed):
+    """Of directories, logs that were made for the job. On the chief train.sh has made them, and a log of its own."""
+    disk = bed.folder / "disk"
+    disk.mkdir()
+    if not shared:
+        bed.on(1, f"mount -t tmpfs tmpfs {disk}", f"umount {disk}")
+    if name == "not ready":
+        no_data(bed)
+    if name == "a bad row":
+        bed.data.write_text("{}\n")
+    flags = ["--max_setps", "3"] if name == "an unknown flag" else []
+    env = bed.env | {"OUTPUT_DIR": disk / "a" / "out", "NODE_IP_LIST": bed.nodes}
+    job = Job(bed.two[0], ["bash", TRAIN / "train.sh", *flags], **env)
+    assert job.end() == 2 and "Traceback" not in job.output, job.output
+    assert ("10.77.0.2: ready" in job.output) == (name != "not ready"), "the ranks were started there"
+    if not shared:
+        assert bed.two[1].sh(f"find {disk} -mindepth 1") == ""
+    (log,) = (disk / "a" / "out").iterdir()
+    assert not log.name.endswith("10.77.0.2.txt")
+
+
+@pytest.mark.campaign
+def test_a_slow_nvidia_smi_is_waited_for(bed):
+    """14 s on node 2, longer than a node may be silent."""
+    smi = bed.folder / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n[ $(hostname) = node1 ] || sleep 14\necho 'GPU 0: NVIDIA X'\n")
+    smi.chmod(0o755)
+    job = bed.start(PATH=f"{bed.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    job.wait_for(r"10\.77\.0\.2: ready \(1 ranks", 60)
+    assert time.monotonic() - job.began > 14
+    os.kill(job.pid, signal.SIGTERM)
+    job.end()

@@ -272,6 +272,7 @@ def test_a_hostile_value_arrives_as_it_is(two, given, no_evil, tmp_path):
     model = shutil.copytree(given["MODEL_PATH"], folder / "model")
     rows = shutil.copyfile(given["TRAIN_DATA_FILE"], folder / "rows $(touch EVIL).jsonl")
     env = given | {"MODEL_PATH": model, "TRAIN_DATA_FILE": rows, "OUTPUT_DIR": folder / "out"}
+    env |= {"FORWARD": "MY_NOTES", "MY_NOTES": EVIL, "https_proxy": "http://10.77.0.9:1", "SWANLAB_TAG": EVIL}
     env |= {"WANDB_NOTES": EVIL, "NCCL_DEBUG_FILE": f"a=b {EVIL}", "HF_TOKEN": "hf_secret", "TORCH_X": "\t"}
     flags = ["--max_steps", 100000, "--max_seq_length", 64, "--run_name", EVIL, "--save_steps", 100000]
     job = Job(two[0], ["bash", TRAIN / "train.sh", *flags], **env)
@@ -285,7 +286,16 @@ def test_a_hostile_value_arrives_as_it_is(two, given, no_evil, tmp_path):
     finally:
         os.kill(job.pid, 15)
         job.end()
-    for name in ("WANDB_NOTES", "NCCL_DEBUG_FILE", "HF_TOKEN", "TORCH_X", "OMP_NUM_THREADS"):
+    for name in (
+        "MY_NOTES",
+        "https_proxy",
+        "SWANLAB_TAG",
+        "WANDB_NOTES",
+        "NCCL_DEBUG_FILE",
+        "HF_TOKEN",
+        "TORCH_X",
+        "OMP_NUM_THREADS",
+    ):
         assert f"{name}={env.get(name, 1)}" in there, name
     assert words[words.index("--run_name") + 1] == EVIL
     assert words[words.index("--model_name_or_path") + 1] == str(model)

@@ -8,6 +8,7 @@ import pytest
 
 from conftest import TRAIN, run_command
 from mutations import mutated
+from rows import NEEDED
 
 SECRET = "the row's own text"
 GOOD = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": SECRET}]}).encode()
@@ -65,7 +66,7 @@ def files(folder):
         "glob of nothing": ("none*.jsonl", "{file}: no such file"),
         "truncated .gz": ("cut.jsonl.gz", "{file}:101: cannot be read (EOFError): is the file whole?"),
         "not a .gz": ("named.gz", "{file}:1: cannot be read (BadGzipFile)"),
-        "JSON array": ("array.json", "{file}: is one JSON array, not one object a line. To convert it:\n  python -c "),
+        "JSON array": ("array.json", f"{{file}}: is one JSON array, not one object a line. {NEEDED}"),
         "JSON array, pretty": ("pretty.json", "{file}: is one JSON array"),
         "JSON array, one line": ("one.json", "{file}: is one JSON array"),
         "one object over lines": ("object.json", "{file}:1: not JSON in one line"),
@@ -104,7 +105,7 @@ def test_a_bad_row_is_named(name, train, tmp_path):
     run = train(file, here=name != "broken JSON")  # that one as a user runs it
     refused(run, f"1 of 3 rows are bad:\n{file}:2: {says}")
     assert "leave them out with --bad_rows skip" in run.stderr
-    assert ("python -c" in run.stderr) == (name in ("Alpaca", "ShareGPT"))
+    assert run.stderr.count(NEEDED) == (name in ("Alpaca", "ShareGPT")) and "python -c" not in run.stderr
     assert not (tmp_path / "out").exists()
 
 

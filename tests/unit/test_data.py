@@ -11,6 +11,7 @@ from chat_format import ChatFormat
 from console import Refused
 from data import IGNORE_INDEX, Collator, Filled, Options, load_examples
 from packing import Bins, plan_bins
+from rows import ALPACA, NEEDED, SHAREGPT
 from trainer import GroupedByLength
 
 
@@ -79,11 +80,16 @@ def test_a_row_that_the_tokenizer_does_not_take_is_bad(tokenizer, rows_file, mon
     assert "secret" not in str(bad.value)
 
 
-def test_the_remedy_for_another_shape_is_said_once(tokenizer, rows_file):
+def test_what_another_shape_needs_is_said_once(tokenizer, rows_file):
+    file = rows_file([{"instruction": "secret", "output": "o"}, {"conversations": [{"from": "human"}]}, {}])
     with pytest.raises(Refused) as refusal:
-        load_examples([rows_file([{"instruction": "secret", "output": "o"}] * 3)], tokenizer, Options())
-    assert str(refusal.value).count("python -c") == 1 and "Alpaca" in str(refusal.value)
-    assert "secret" not in str(refusal.value)
+        load_examples([file], tokenizer, Options())
+    message = str(refusal.value)
+    assert message.count(NEEDED) == 1 and f"{file}:1: {ALPACA}\n{file}:2: {SHAREGPT}\n" in message
+    assert "secret" not in message and "python -c" not in message
+    with pytest.raises(Refused) as refusal:  # nothing of the kind: nothing of the remedy
+        load_examples([rows_file([{}])], tokenizer, Options())
+    assert NEEDED not in str(refusal.value)
 
 
 def test_long_rows_are_cut_dropped_or_refused(tokenizer, rows_file, capsys):

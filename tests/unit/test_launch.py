@@ -2,6 +2,7 @@
 
 import io
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -104,6 +105,212 @@ def test_lines_of_several_nodes_do_not_run_into_one_another(monkeypatch):
         printer.put(host, text)
     printer.close(given_up=lambda: False)
     assert sys.stdout.getvalue() == "\ra:  1%\ra:  2%\nb: one\nb: two\n\ra:  3%\nfailed\na: x\n"
+
+
+# ---------------------------------------------------------------------------------------------- GPUs, variables
+
+TWO = "echo 'GPU 0: NVIDIA X'; echo 'GPU 1: NVIDIA X'"
+SLOW = "exec /bin/sleep 30"
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """`nvidia_smi(script, devices)`: what nvidia-smi is (None: there is none), and whether there are devices."""
+
+    def make(script, devices=False):
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        if script is not None:
+            (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+            (folder / "nvidia-smi").chmod(0o755)
+        (tmp_path / "nvidia0").touch()
+        monkeypatch.setattr(node, "GPU_DEVICES", str(tmp_path / ("nvidia[0-9]*" if devices else "none*")))
+        monkeypatch.setattr(node, "GPU_SECONDS", 0.5)
+        monkeypatch.setenv("PATH", str(folder))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("script", "devices", "visible", "expected"),
+    [
+        (TWO, True, None, 2),
+        (TWO, False, None, 2),  # WSL has no such devices
+        (TWO, True, "1", 1),
+        (TWO, True, "0,1,2", 2),
+        (TWO, True, "", 0),
+        (TWO, True, "-1", 0),
+        (f"{TWO}; exit 14", True, None, 2),  # "infoROM is corrupted": they work
+        (SLOW, True, None, None),
+        (SLOW, False, None, None),
+        (SLOW, True, "", 0),  # none is visible, whatever there is
+        ("exit 9", True, None, None),
+        ("exit 9", True, "0", None),
+        ("exit 9", False, None, 0),
+        ("echo 'No devices were found'", True, None, None),
+        (None, True, None, None),
+        (None, False, None, 0),
+        (None, False, "0", 0),
+    ],
+)
+def test_unknown_gpus_are_not_none(script, devices, visible, expected, nvidia_smi):
+    nvidia_smi(script, devices)
+    assert node.number_of_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
+
+
+@pytest.mark.parametrize("env", [{}, {"NODE_IP_LIST": "a:8,b"}, {"NODE_IP_LIST": "a,b"}])
+def test_unknown_gpus_are_refused_where_their_number_is_needed(env, nvidia_smi):
+    nvidia_smi("exit 9", devices=True)
+    with pytest.raises(Refused) as refusal:
+        ssh.read_nodes(env)
+    said = str(refusal.value)
+    assert all(part in said for part in ("nvidia-smi -L", "60 s", "nvidia-smi -pm 1", "HOST_GPU_NUM", "ip:slots")), (
+        said
+    )
+    assert sum(node.slots for node in ssh.read_nodes(env | {"HOST_GPU_NUM": "8"})) in (8, 16)
+
+
+@pytest.mark.parametrize("env", [{"HOST_GPU_NUM": "2"}, {"NODE_IP_LIST": "a:8,b:8"}])
+def test_nvidia_smi_is_asked_only_where_it_is_needed(env, monkeypatch):
+    monkeypatch.setattr(ssh, "number_of_gpus", lambda env: pytest.fail("asked"))
+    ssh.read_nodes(env)
+
+
+def test_a_node_whose_gpus_are_unknown_is_named():
+    facts = {"cwd": True, "code": {}, "versions": {}, "paths": {}, "lacks": [], "gpus": None, "shm": 1 << 40}
+    facts |= {"interface": "eth0", "interfaces": ["eth0"], "reach": None, "output": None}
+    chief, other = ssh.Node("a", 8, facts=facts | {"gpus": 8}), ssh.Node("b", 8, 1, facts=facts)
+    said = ssh.problem_of(other, chief, 29500, "train", gpus=True)
+    assert "nvidia-smi -L" in said and "run there: nvidia-smi -pm 1" in said
+    assert ssh.problem_of(other, chief, 29500, "train", gpus=False) is None
+    assert ssh.problem_of(chief, chief, 29500, "train", gpus=True) is None
+
+
+def test_node_py_starts_at_once_and_alone():
+    """train.sh asks it for the number of GPUs before anything is installed."""
+    check = "import sys; sys.path.append('.'); import node; print(node.number_of_gpus({'CUDA_VISIBLE_DEVICES': ''}))"
+    began = time.monotonic()  # -S: without site-packages
+    done = subprocess.run([sys.executable, "-SIc", check], cwd=TRAIN, text=True, capture_output=True)
+    assert done.stdout == "0\n" and time.monotonic() - began < 5, done.stderr
+
+
+def test_which_variables_reach_the_nodes():
+    env = {"https_proxy": "1", "NO_PROXY": "2", "SWANLAB_API_KEY": "3", "FI_PROVIDER": "4", "HOME": "/root", "MY": "5"}
+    env |= {"PROXY_X": "6", "PATH": "/bin", "LS_COLORS": "7", "ANOTHER": "$(x)"}
+    sent = {"https_proxy", "NO_PROXY", "SWANLAB_API_KEY", "FI_PROVIDER", "PATH"}
+    assert launch.forwarded(env).keys() == sent
+    further = launch.forwarded(env | {"FORWARD": " MY, ANOTHER,"})
+    assert further.keys() == sent | {"MY", "ANOTHER"} and further["ANOTHER"] == "$(x)"
+
+
+@pytest.mark.parametrize("value", ["GONE", "MY,GONE", "MY=secret", "MY GONE", "1MY", "$(MY)"])
+def test_forward_takes_names_of_variables_that_are_set(value):
+    with pytest.raises(Refused) as refusal:
+        launch.forwarded({"MY": "5", "1MY": "x", "FORWARD": value})
+    assert "FORWARD: " in str(refusal.value) and "export it" in str(refusal.value)
+    assert "secret" not in str(refusal.value)
+
+
+# ------------------------------------------------------------------------------------------- one node's conversation
+
+
+@pytest.fixture
+def talk():
+    """A node.py on this machine: (its Node, inbox, `ask(what, **message)`: send and wait for the answer)."""
+    one, inbox = ssh.Node("localhost", 1), queue.Queue()
+    ssh.connect(one, inbox)
+
+    def ask(what, **message):
+        one.send(**message)
+        ssh.wait_for([one], inbox, what, time.monotonic() + 60)
+        return one.facts
+
+    yield one, inbox, ask
+    one.process.kill()
+    one.process.wait()
+
+
+def wanted(output, **env):
+    """What the launcher asks a node that is to examine itself."""
+    return {"cwd": str(TRAIN), "code": str(TRAIN), "paths": [], "resumed": [], "env": env, "interface": "lo",
+            "output": str(output), "towards": ["localhost", 1], "reach": None, "marker": ".node-0"}  # fmt: skip
+
+
+def test_a_node_that_examines_itself_goes_on_beating(talk, nvidia_smi, tmp_path, monkeypatch):
+    """Longer than a node may be silent."""
+    monkeypatch.setattr(ssh, "EXAMINE_SECONDS", 3)
+    folder = nvidia_smi(f"/bin/sleep 5; {TWO}")
+    began = time.monotonic()
+    facts = talk[2]("examined", examine=wanted(tmp_path / "out", PATH=str(folder)))
+    assert facts.get("gpus") == 2 and time.monotonic() - began > 4.5
+
+
+def test_a_node_that_is_silent_is_not_waited_for(talk, monkeypatch):
+    one, inbox, ask = talk
+    assert "beat" in inbox.get(timeout=20)[1]
+    monkeypatch.setattr(ssh, "EXAMINE_SECONDS", 2.5)
+    one.process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert not ask("examined", examine=wanted("out"))
+    assert time.monotonic() - began < 5 and "no answer within 2.5 s" in ssh.why_no_answer(one)
+
+
+def test_what_cannot_be_examined_is_told(talk):
+    assert talk[2]("examined", examine={"output": None, "marker": "x"})["error"].startswith("KeyError")
+
+
+ENDS = {  # how it ends: (the rank's script, what the launcher says then, whether all goes)
+    "no rank": (None, None, True),
+    "refused": ("sys.exit(2)", None, True),
+    "refused on another node": ("time.sleep(60)", {"end": 0, "refused": True}, True),
+    "done": ("pass", None, False),
+    "failed": ("sys.exit(1)", None, False),
+    "stopped": ("time.sleep(60)", {"end": 0, "refused": False}, False),
+    "failed, refused on another node": ("time.sleep(1); sys.exit(1)", {"end": 5, "refused": True}, False),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_a_node_leaves(name, talk, tmp_path):
+    (one, inbox, ask), (script, says, goes) = talk, ENDS[name]
+    (tmp_path / "before").mkdir()
+    output = tmp_path / "before" / "a" / "out"
+    assert ask("examined", examine=wanted(output))["output"] is None
+    assert [path.name for path in output.iterdir()] == [".node-0"]
+    if script:
+        command = ["-c", f"import sys, time; print('hello', flush=True); {script}"]
+        job = {"command": command, "env": {}, "slots": 1, "first_rank": 0, "node": 0, "world_size": 1}
+        one.send(start=job | {"master": ["localhost", 1], "log": str(output / "log_1.txt")})
+        while "output" not in inbox.get(timeout=20)[1]:
+            pass
+        assert (output / "log_1.txt").is_file() and not (output / ".node-0").exists()
+    if says:
+        one.send(**says)
+    if not script:
+        one.hang_up()
+    one.process.wait(timeout=20)
+    assert list((tmp_path / "before").iterdir()) == ([] if goes else [tmp_path / "before" / "a"])
+    assert (output / "log_1.txt").exists() == (not goes) and not (output / ".node-0").exists()
+
+
+def test_a_refusal_leaves_what_it_did_not_make(talk, tmp_path):
+    one, _, ask = talk
+    output = tmp_path / "a" / "out"
+    ask("examined", examine=wanted(output))
+    (output / "mine.txt").touch()
+    one.hang_up()
+    one.process.wait(timeout=20)
+    assert [path.name for path in output.iterdir()] == ["mine.txt"]
+
+
+def test_a_link_to_nowhere_stays(talk, tmp_path):
+    one, _, ask = talk
+    (tmp_path / "a").symlink_to(tmp_path / "gone")
+    assert ask("examined", examine=wanted(tmp_path / "a" / "out"))["output"]
+    one.hang_up()
+    one.process.wait(timeout=20)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").is_symlink()
 
 
 # -------------------------------------------------------------------------------------------------- one machine

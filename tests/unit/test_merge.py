@@ -52,7 +52,7 @@ def make_base(path: Path, kind: str = "hunyuan_v1_dense", tied: bool = False, dt
     config = AutoConfig.for_model(kind, tie_word_embeddings=tied, **SIZES | EXPERTS[kind])
     model = AutoModelForCausalLM.from_config(config)
     model.to(getattr(torch, dtype)).save_pretrained(path, **options)
-    for file in ("tokenizer.json", "chat_template.jinja", "modeling_own.py"):
+    for file in ("tokenizer.json", "chat_template.jinja", "LICENSE"):
         (path / file).write_text(f"the base's {file}")
     return path
 
@@ -226,7 +226,8 @@ def test_verify_logits_prints_the_largest_difference(pair, merge, tmp_path):
 def test_shards_index_and_other_files_are_the_bases(pair, merge, tmp_path):
     base, adapter = shutil.copytree(pair[0], tmp_path / "base"), pair[1]
     for file in ("checkpoint-2/config.json", "checkpoint-2/model.safetensors", "runs/events", "train_results.json",
-                 "log_1.txt", ".cache/x", "assets/picture.png", "assets/old.bin", "training_args.bin"):  # fmt: skip
+                 "log_1.txt", ".cache/x", "assets/picture.png", "assets/old.bin", "training_args.bin",
+                 "a.py"):  # fmt: skip
         (base / file).parent.mkdir(exist_ok=True)
         (base / file).write_text(file)
     code, out, err = merge("--base_model_path", base, "--adapter_model_path", adapter, "--output_path", base / "out",
@@ -234,7 +235,8 @@ def test_shards_index_and_other_files_are_the_bases(pair, merge, tmp_path):
     assert code == 0, err
     assert "shard" in err  # the progress bar
     files = {str(file.relative_to(base / "out")) for file in (base / "out").rglob("*") if file.is_file()}
-    assert files == {file.name for file in pair[0].iterdir()} | {"assets/picture.png"}
+    assert files == {file.name for file in pair[0].iterdir()}
+    assert f"not copied from {base}: .cache, a.py, assets (not files of a model)\n" in out
     assert (base / "out" / "chat_template.jinja").read_text() == "the base's chat_template.jinja"
     before, after = (json.loads((path / INDEX).read_text()) for path in (base, base / "out"))
     assert list(after["weight_map"].items()) == list(before["weight_map"].items())
@@ -472,7 +474,17 @@ def test_a_full_disk_leaves_nothing(when, pair, merge, tmp_path, monkeypatch):
     code, _, err = merge("--adapter_model_path", pair[1], "--output_path", tmp_path / "deep" / "out")
     assert code == 2
     assert ("make room" if when == "before" else "No space left on device") in err
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith("out")]
+    assert not [*tmp_path.iterdir()], "the parents that it made go too"
+
+
+def test_only_the_parents_that_it_made_go(pair, merge, tmp_path):
+    base = shutil.copytree(pair[0], tmp_path / "base")
+    edit_tensors(base / SHARD, lambda held: {name: tensor + 1e5 for name, tensor in held.items()})
+    (tmp_path / "before").mkdir()
+    args = ["--base_model_path", base, "--adapter_model_path", pair[1], "--save_dtype", "fp16", "--output_path"]
+    code, _, err = merge(*args, tmp_path / "before" / "a" / "b" / "out")
+    assert (code, "not finite in torch.float16" in err) == (2, True)
+    assert [*(tmp_path / "before").iterdir()] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
@@ -481,9 +493,9 @@ def test_a_signal_leaves_nothing(number, pair, tmp_path):
     ballast = {f"model.ballast.{part}": torch.ones(2**20) for part in range(100)}  # 400 MB: time to be stopped in
     save_file(tensors(base) | ballast, base / "model.safetensors", metadata={"format": "pt"})
     command = [sys.executable, SCRIPT, "--base_model_path", base, "--adapter_model_path", adapter]
-    command += ["--output_path", tmp_path / "out", "--max_shard_size", "4MB"]
+    command += ["--output_path", tmp_path / "deep" / "out", "--max_shard_size", "4MB"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        while process.poll() is None and not [*tmp_path.glob("out.tmp-*/*00003-of-*")]:
+        while process.poll() is None and not [*tmp_path.glob("deep/out.tmp-*/*00003-of-*")]:
             time.sleep(0.001)
         process.send_signal(number)
         err = process.communicate()[1]

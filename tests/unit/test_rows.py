@@ -3,8 +3,6 @@
 import gzip
 import json
 import random
-import shlex
-import subprocess
 from collections import Counter
 
 import pytest
@@ -14,7 +12,7 @@ from chat_format import ChatFormat
 from console import Refused
 from data import Options, encode_rows
 from mutations import mutated
-from rows import ALPACA, ARRAY, CONVERTERS, SHAREGPT, BadRow, Report, data_files, parse_row, read_lines
+from rows import ALPACA, ARRAY, NEEDED, SHAREGPT, BadRow, Report, data_files, parse_row, read_lines
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
@@ -139,36 +137,11 @@ def test_one_json_array(text, is_array, suffix, tmp_path, monkeypatch):
     with gzip.open(file, "wt") if suffix else open(file, "w") as out:
         out.write(text)
     if is_array:
-        with pytest.raises(Refused, match=ARRAY):
+        with pytest.raises(Refused) as refusal:
             list(read_lines(file, []))
+        assert str(refusal.value) == f"{file}: is {ARRAY}. {NEEDED}"
     else:
         assert len(list(read_lines(file, []))) == len([line for line in text.splitlines() if line.strip()])
-
-
-@pytest.mark.parametrize(
-    ("shape", "text", "expected"),
-    [
-        (ARRAY, json.dumps([GOOD, GOOD], indent=1), [GOOD, GOOD]),
-        (
-            ALPACA,
-            '{"instruction": "什么", "input": "x", "output": "y"}\n\n{"instruction": "q\'", "output": "y"}\n',
-            [messages(("user", "什么\nx"), ("assistant", "y")), messages(("user", "q'"), ("assistant", "y"))],
-        ),
-        (
-            SHAREGPT,
-            '{"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, '
-            '{"from": "gpt", "value": "a"}]}',
-            [messages(("system", "s"), ("user", "q"), ("assistant", "a"))],
-        ),
-    ],
-)
-def test_the_one_liners_convert(shape, text, expected, tmp_path):
-    file = tmp_path / "rows"
-    file.write_text(text, encoding="utf-8")
-    done = subprocess.run(
-        f"{CONVERTERS[shape]} < {shlex.quote(str(file))}", shell=True, capture_output=True, check=True, text=True
-    )
-    assert [parse_row(line.encode()) for line in done.stdout.splitlines()] == expected
 
 
 def test_files_are_found_or_named(tmp_path):
