@@ -258,8 +258,10 @@ def check_saving(command: list[str], shared: bool) -> list[str]:
     does."""
     if shared and is_on(command, "save_on_each_node"):
         raise Refused("--save_on_each_node: the nodes share the output directory, and would write the same files")
-    if shared or flag(command, "save_on_each_node") is not None:
+    if flag(command, "save_on_each_node") is not None:
         return command
+    if shared:  # a run that goes on may have been on separate disks
+        return [*command, *["--save_on_each_node", "False"] * (flag(command, "resume_from_checkpoint") is not None)]
     print("save_on_each_node = True (the nodes' output directories are separate)", flush=True)
     return [*command, "--save_on_each_node", "True"]
 

@@ -2,7 +2,7 @@
 
 launch.py starts this on the chief and, over ssh, on every other node; nobody runs it by hand. The other nodes get this
 very text through the connection, so that what examines a node is never the node's own, perhaps older, copy. Standard
-library only.
+library, and psutil where it is there.
 
 Both sides write one JSON object a line. From the launcher: examine, look, start, signal, end, beat; to it: examined,
 seen, output, ended, late, done, beat. No value is ever part of a command line that a shell reads. When the launcher is
@@ -14,7 +14,6 @@ import codecs
 import collections
 import contextlib
 import ctypes
-import fcntl
 import glob
 import hashlib
 import importlib.metadata
@@ -25,7 +24,6 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -37,7 +35,7 @@ SILENCE_SECONDS = 30  # without a beat: the other side, or the network to it, is
 KILL_SECONDS = 10  # from SIGTERM to SIGKILL
 GPU_SECONDS = 60  # for nvidia-smi: eight GPUs without persistence mode take more than 11
 GPU_DEVICES = "/dev/nvidia[0-9]*"
-PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "datasets")
+PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "psutil")
 LIBC = ctypes.CDLL(None)
 STATES = {"T": "stopped (SIGSTOP)", "t": "stopped by a debugger", "D": "waiting for a disk", "Z": "a zombie"}
 
@@ -97,26 +95,18 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def address_of(interface: str) -> str | None:
-    """The IPv4 address of a network interface (SIOCGIFADDR)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
-        request = struct.pack("256s", interface.encode()[:15])
-        return socket.inet_ntoa(fcntl.ioctl(s.fileno(), 0x8915, request)[20:24])
-    return None
-
-
 def interface_towards(host: str, port: int) -> str | None:
     """The network interface from which this machine reaches a host. Nothing is sent."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ImportError):
+        import psutil  # a node without it is still examined
+
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as s:
             s.connect(address)
-            own = s.getsockname()[0]
-        if family == socket.AF_INET:
-            return next((name for _, name in socket.if_nameindex() if address_of(name) == own), None)
-        with open("/proc/net/if_inet6") as table:  # address without colons, index, prefix, scope, flags, name
-            packed = socket.inet_pton(socket.AF_INET6, own.partition("%")[0]).hex()
-            return next((line.split()[-1] for line in table if line.startswith(packed)), None)
+            own = s.getsockname()[0].partition("%")[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(address.address.partition("%")[0] == own for address in addresses):
+                return name
     return None
 
 
