@@ -47,6 +47,7 @@ from model import (
     takes_supervised_head,
 )
 from trainer import Trainer, mean_loss
+from weights import check_base, record_base
 
 
 def main(argv: list[str]) -> None:
@@ -58,6 +59,9 @@ def main(argv: list[str]) -> None:
     base, resume = model_args.model_name_or_path, take_up(model_args, training_args)
     fetch(model_args)  # the base that a resumed adapter names
     check_directory(model_args, data_args.packing)
+    adapter = Path(resume) if resume and model_args.use_lora else None
+    adapter_code = check_base(adapter, Path(model_args.model_name_or_path), model_args.any_base) if adapter else "auto"
+    model_args.model_code = adapter_code if model_args.model_code == "auto" else model_args.model_code
     earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
 
     # 2. Data: rows → token sequences.
@@ -77,6 +81,8 @@ def main(argv: list[str]) -> None:
         note(f"{resume} is the end of a finished run: no step is left, its final files are written")
         training_args.distributed_state.wait_for_everyone()  # until all have looked at output_dir
         if training_args.should_save:
+            if adapter and (adapter / "base.json").is_file():
+                companions.files["base.json"] = (adapter / "base.json").read_bytes()
             finish_from(Path(resume), training_args, companions, figures | dict.fromkeys(Meter.FIGURES))
         return
     if resume:
@@ -87,6 +93,8 @@ def main(argv: list[str]) -> None:
     set_seed(training_args.seed)
     model = load_model(model_args, training_args, tokenizer, resume)
     check_packing(model, data_args.packing)
+    if model_args.use_lora:
+        companions.files["base.json"] = record_base(model, model_args, adapter_code)
     positions = getattr(model.config, "max_position_embeddings", data_args.max_seq_length)
     if data_args.max_seq_length > positions:
         note(f"--max_seq_length {data_args.max_seq_length} is more than the model's {positions} positions")
