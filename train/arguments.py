@@ -80,6 +80,7 @@ class ModelArguments:
     )
     use_rslora: bool = option(False, "Scale the adapter by alpha / sqrt(rank) (rsLoRA).")
     use_dora: bool = option(False, "Train the magnitudes of the weights' columns beside the adapter (DoRA).")
+    any_base: bool = option(False, "Resume an adapter on another base than the one that it was trained on.")
     trainable_params: str | None = option(None, "Regular expression: train the parameters whose names it is found in.")
     train_attention_params_only: bool = option(False, "Train the attention layers and nothing else.")
     make_moe_param_leaf_module: bool = option(

@@ -7,7 +7,7 @@
 
 In the conversation /reset forgets what was said, /quit or end of file leaves, and Ctrl-C stops a reply. Runs the code
 that a model directory brings with it. Refused (exit code 2): a directory without model or chat template, weights that
-are missing, an adapter whose base is not there or that does not fit it.
+are missing, an adapter whose base is not there, that does not fit it or that was trained on another base.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 
 from console import Parser, Refused, newest, read_json
 from merge_lora_weight import OUTPUT_ROOT
-from weights import INDEX
+from weights import INDEX, check_base
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FILES = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -59,18 +59,20 @@ def choose(model_dir: str | None, adapter_dir: str | None) -> tuple[Path, Path |
     return model, adapter
 
 
-def load(model_dir: Path, adapter: Path | None) -> tuple[Any, Any]:
+def load(model_dir: Path, adapter: Path | None, any_base: bool) -> tuple[Any, Any]:
     """(tokenizer, model) ready to generate: on the GPUs if there are any, in the dtype that config.json says."""
     from transformers import AutoTokenizer  # takes seconds: only once the paths are right
 
     from legacy_remote_code import load_any
 
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
+        model_code = check_base(adapter, model_dir, any_base) if adapter else "auto"
     gpu = torch.cuda.is_available()
     tokenizer_dir = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else model_dir
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=True)
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
-            model, info = load_any(model_dir, dtype="auto", device_map="auto" if gpu else None)
+        with contextlib.redirect_stdout(sys.stderr):
+            model, info = load_any(model_dir, model_code, dtype="auto", device_map="auto" if gpu else None)
         if info["missing_keys"]:  # transformers would leave them random
             raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:4])}")
         if adapter:
@@ -126,6 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no_think", action="store_true", help="fast thinking: answer at once")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens a reply at most (default: 1024)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
+    parser.add_argument("--any_base", action="store_true", help="use an adapter on another base than its own")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         raise Refused(f"--max_new_tokens {args.max_new_tokens}: must be 1 or more")
@@ -133,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         raise Refused(f"--temperature {args.temperature}: must be 0 or more")
 
     # 2. Which model, and how it generates
-    tokenizer, model = load(*choose(args.model_dir, args.adapter))
+    tokenizer, model = load(*choose(args.model_dir, args.adapter), args.any_base)
     template, before = thinking_off(tokenizer) if args.no_think else ({}, "")
     sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:

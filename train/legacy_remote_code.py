@@ -17,7 +17,7 @@ from pathlib import Path
 import accelerate
 import torch
 import transformers.utils.import_utils
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
@@ -38,12 +38,13 @@ def brings_old_code(config: dict) -> bool:
 
 
 def load_any(path: str | Path, model_code: str = "auto", **options) -> tuple[PreTrainedModel, dict]:
-    """The model of a directory of any generation, its code trusted, and what from_pretrained says of it."""
+    """The model of a directory of any generation, and what from_pretrained says; its code may run, but for native."""
     config = read_json(Path(path) / "config.json")
     if brings_old_code(config):
         check_code(Path(path), config["auto_map"])
         return from_pretrained(str(path), config, model_code, **options)
-    return AutoModelForCausalLM.from_pretrained(path, **options, trust_remote_code=True, output_loading_info=True)
+    trust = model_code != "native"
+    return AutoModelForCausalLM.from_pretrained(path, **options, trust_remote_code=trust, output_loading_info=True)
 
 
 def from_pretrained(path: str, config: dict, model_code: str, **options) -> tuple[PreTrainedModel, dict]:
@@ -66,18 +67,23 @@ def from_pretrained(path: str, config: dict, model_code: str, **options) -> tupl
         if model.generation_config:
             model.generation_config.use_cache = False
         return model, info
-    experts = first_of(config.get("num_experts") or 1)
-    kind = "HunYuanMoEV1" if experts > 1 else "HunYuanDenseV1"
-    cls = getattr(transformers, f"{kind}ForCausalLM")
+    cls, native = native_class(path, config)
+    kind = cls.__name__.removesuffix("ForCausalLM")
     choice("model code", f"transformers' {kind}", "it computes the same model, faster")
-    if config["model_type"] == LEGACY:
-        kept = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "architectures")}
-        kept["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-        native = cls.config_class(**kept | {"num_experts": experts})
-    else:
-        native = cls.config_class.from_pretrained(path)
     check_whole(path, cls, native)
     return cls.from_pretrained(path, config=native, **options, output_loading_info=True)
+
+
+def native_class(path: str | Path, config: dict) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """transformers' own class for a directory of any generation, and its configuration."""
+    if config.get("model_type") != LEGACY:
+        native = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoModelForCausalLM._model_mapping[type(native)], native
+    experts = first_of(config.get("num_experts") or 1)
+    cls = transformers.HunYuanMoEV1ForCausalLM if experts > 1 else transformers.HunYuanDenseV1ForCausalLM
+    kept = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "architectures")}
+    kept["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    return cls, cls.config_class(**kept | {"num_experts": experts})
 
 
 def runs_own_code(config: dict, model_code: str) -> bool:

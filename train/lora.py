@@ -9,7 +9,6 @@ Refused: a name that no module has, experts with dropout or DoRA, which PEFT can
 
 import warnings
 from collections import Counter
-from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import nn
@@ -110,7 +109,4 @@ def add_adapter(model: PreTrainedModel, args, resume: str | None) -> PreTrainedM
         target_parameters=parameters or None,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, config)
-    # the adapter is used from any directory
-    model.peft_config["default"].base_model_name_or_path = args.hub_id or str(Path(args.model_name_or_path).resolve())
-    return model
+    return get_peft_model(model, config)

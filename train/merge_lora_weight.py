@@ -7,9 +7,8 @@
 Works on the safetensors files shard by shard and never builds the model: it needs memory for about one shard. A weight
 is merged in fp32 and rounded once; names, shards, index and the other files of a model are the base's, config.json but
 for its dtype. It is written beside the output and renamed at the end. Refused (exit code 2, nothing at the output): an
-adapter that is empty, does not fit the base or is more than LoRA or DoRA on linear layers and routed experts; a base
-that is quantised, not whole or not safetensors; an output that is not empty; values that do not fit the dtype; a full
-disk.
+adapter that is empty, of another base or more than LoRA or DoRA on linear layers and routed experts; a base that is
+quantised, not whole or not safetensors; an output that is not empty; values that do not fit the dtype; a full disk.
 """
 
 import argparse
@@ -34,7 +33,18 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from console import Parser, Refused, choice, newest, read_json
-from weights import CORRECTION_BIAS, INDEX, STORED, Stored, apply_umask, model_files, open_tensors, read_tensors, some
+from weights import (
+    CORRECTION_BIAS,
+    INDEX,
+    STORED,
+    Stored,
+    apply_umask,
+    check_base,
+    model_files,
+    open_tensors,
+    read_tensors,
+    some,
+)
 
 OUTPUT_ROOT = Path(__file__).resolve().parent / "output"
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}  # as --save_dtype and as safetensors headers spell them
@@ -230,11 +240,11 @@ def written_aside(output: Path) -> Iterator[Path]:
             signal.signal(number, handler)
 
 
-def logits(model_path: Path, adapter: Path | None = None) -> torch.Tensor:
+def logits(model_path: Path, model_code: str, adapter: Path | None = None) -> torch.Tensor:
     """fp32 logits (1, 32, vocabulary) of a model directory on fixed tokens, with the adapter as PEFT applies it."""
     from legacy_remote_code import load_any  # takes seconds to import: only here
 
-    model = load_any(model_path, dtype=torch.float32)[0]
+    model = load_any(model_path, model_code, dtype=torch.float32)[0]
     if adapter:
         from peft import PeftModel
 
@@ -283,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--save_dtype", choices=DTYPES, help="dtype of the result (default: the base's)")
     parser.add_argument("--max_shard_size", type=byte_size, default="5GB", help="split larger files (default: 5GB)")
     parser.add_argument("--verify", choices=("keys", "logits"), help="check the result's tensors, or what it computes")
+    parser.add_argument("--any_base", action="store_true", help="merge into another base than the adapter's own")
     args = parser.parse_args(argv)
 
     # 2. Which adapter, base and output
@@ -310,6 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     # 3. What the base holds, and what of it the adapter changes
     config, index, tensors = read_base(base)
     adapter_file, updates = plan_updates(adapter, tensors, config.get("tie_word_embeddings", False))
+    model_code = check_base(adapter, base, args.any_base)
 
     # 4. In which dtype, in which files, and whether there is space for it
     saved, keep = choose_dtype(args.save_dtype, config, tensors)
@@ -369,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 6. What it computes
     if args.verify == "logits":
-        expected, found = logits(base, adapter), logits(output)
+        expected, found = logits(base, model_code, adapter), logits(output, model_code)
         choice(
             "verify logits",
             f"{(expected - found).abs().max():.3g}",

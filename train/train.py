@@ -39,6 +39,7 @@ from model import (
 )
 from resume import GoOn, end_by_ctrl_c, finish_from, keep_rows, steps_left, take_up
 from trainer import Trainer, mean_loss
+from weights import check_base, record_base
 
 
 def main(argv: list[str]) -> None:
@@ -50,6 +51,9 @@ def main(argv: list[str]) -> None:
     base, resume = model_args.model_name_or_path, take_up(model_args, training_args)
     fetch(model_args)  # the base that a resumed adapter names
     check_directory(model_args, data_args.packing)
+    adapter = Path(resume) if resume and model_args.use_lora else None
+    adapter_code = check_base(adapter, Path(model_args.model_name_or_path), model_args.any_base) if adapter else "auto"
+    model_args.model_code = adapter_code if model_args.model_code == "auto" else model_args.model_code
     earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
     lock_output_dir(training_args)
 
@@ -71,6 +75,8 @@ def main(argv: list[str]) -> None:
         note(f"{resume} is the end of a finished run: no step is left, its final files are written")
         lock_output_dir(training_args, begin=True)  # all ranks have looked at output_dir then
         if training_args.should_save:
+            if adapter and (adapter / "base.json").is_file():
+                companions.files["base.json"] = (adapter / "base.json").read_bytes()
             finish_from(Path(resume), training_args, companions, figures | dict.fromkeys(Meter.FIGURES))
         return
     probe = Probe(training_args.probe_file, tokenizer) if training_args.probe_file else None
@@ -79,6 +85,8 @@ def main(argv: list[str]) -> None:
     set_seed(training_args.seed)
     model = load_model(model_args, training_args, tokenizer, resume)
     check_packing(model, data_args.packing)
+    if model_args.use_lora:
+        companions.files["base.json"] = record_base(model, model_args, adapter_code)
     lock_output_dir(training_args, begin=True)
     positions = getattr(model.config, "max_position_embeddings", data_args.max_seq_length)
     if data_args.max_seq_length > positions:

@@ -1,12 +1,13 @@
 """The weights of a model directory, from the headers of its safetensors files: which tensors, where, of what shape and
-dtype, and what they are called in transformers' class.
+dtype, what they are called in transformers' class, and whether a base is the one that an adapter was trained on.
 
 Refused (exit code 2): files that are missing, cut, or not as their index says; tensors that are missing, unexpected or
-misshapen: they would be trained from random values, or lost when saving.
+misshapen: they would be trained from random values, or lost when saving; another base than the adapter's.
 """
 
 import contextlib
 import copy
+import json
 import math
 import os
 import re
@@ -107,19 +108,23 @@ def names_in_model(model: Any, names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def check_whole(path: str | Path, cls: type, config: Any) -> None:
-    """Refuse a directory whose tensors are not those of the class, under every ZeRO stage alike and before they are
-    read: under ZeRO-3 from_pretrained does not tell of what is unexpected, and of shapes on one rank only."""
+def on_meta(cls: type, config: Any) -> Any:
+    """A model of the class on the meta device: names and shapes, no memory."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    if not any(Path(path).glob("*.safetensors")):
-        return
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     with no_init_weights(), init_empty_weights(include_buffers=True):
-        model = cls(config)
-    tensors = read_tensors(Path(path))[1]
+        return cls(config)
+
+
+def check_whole(path: str | Path, cls: type, config: Any) -> None:
+    """Refuse a directory whose tensors are not those of the class, under every ZeRO stage alike and before they are
+    read: under ZeRO-3 from_pretrained does not tell of what is unexpected, and of shapes on one rank only."""
+    if not any(Path(path).glob("*.safetensors")):
+        return
+    model, tensors = on_meta(cls, config), read_tensors(Path(path))[1]
     files, shapes = names_in_model(model, tensors), {name: tuple(t.shape) for name, t in model.state_dict().items()}
     ignored = [*HARMLESS, *(model._keys_to_ignore_on_load_unexpected or ())]
     odd = {"missing": sorted(shapes.keys() - files.keys() - set(model.all_tied_weights_keys))}
@@ -137,6 +142,80 @@ def check_whole(path: str | Path, cls: type, config: Any) -> None:
     for kind, names in odd.items():
         if names:
             raise Refused(f"--model_name_or_path {path}: {len(names)} weights are {kind}: {some(names)}")
+
+
+def fingerprint(base: Path, code: str) -> dict[str, list] | None:
+    """{tensor of the class: [dtype in the file, shape in the class, first 32 values in bf16]}, the same for any layout
+    of the files; only the first of the routed experts. None if there is no safetensors file. `code` is native, for
+    transformers' class, or remote: the directory's class has the names of the files, and its code is not run."""
+    if not any(base.glob("*.safetensors")):
+        return None
+    config, tensors, found = read_json(base / "config.json"), read_tensors(base)[1], {}
+    names = [name for name in tensors if not re.search(rf"\.experts\.[1-9]|{HARMLESS[1]}", name)]
+    files, shapes = {name: [name] for name in names}, {name: tensors[name].shape for name in names}
+    tied = ["lm_head.weight"] if config.get("tie_word_embeddings") else []
+    if code == "native":
+        from legacy_remote_code import native_class
+
+        model = on_meta(*native_class(base, config))
+        files, tied = names_in_model(model, names), model.all_tied_weights_keys
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    opened = {file: open_tensors(base / file) for file in {tensors[name].file for name in names}}
+    for name in sorted((files.keys() & shapes.keys()) - set(tied)):
+        parts, values = sorted(files[name]), []  # sorted: an expert's gate comes before its up
+        for part in (opened[tensors[part].file].get_slice(part) for part in parts):
+            size = part.get_shape()
+            rows = (math.ceil(32 / max(1, math.prod(size[place + 1 :]))) for place in range(len(size)))
+            values += part[tuple(map(slice, rows))].flatten()[:32].bfloat16().tolist()
+        found[name] = [tensors[parts[0]].dtype, list(shapes[name]), values[:32]]
+    return found
+
+
+def same_tensor(one: list, other: list) -> bool:
+    """Whether two entries of fingerprints are of one tensor. Rounding to fp16 on the way to bf16 moves a value by one
+    step of bf16 at most, near zero by the smallest step of fp16."""
+    half, pairs = "F16" in (one[0], other[0]), zip(one[2], other[2])
+    return one[1] == other[1] and all(math.isclose(*pair, rel_tol=half / 2**7, abs_tol=half / 2**24) for pair in pairs)
+
+
+def record_base(model: Any, args: Any, adapter_code: str) -> bytes:
+    """The content of base.json. Makes the adapter name the base that is used, as a path from any directory. Refuses a
+    model of other code than `adapter_code`, which trained the resumed adapter (auto: any)."""
+    inner, base = model.get_base_model(), Path(args.model_name_or_path)
+    code = "native" if is_transformers_own(inner) else "remote"
+    if adapter_code not in ("auto", code):
+        raise Refused(f"--model_code, --trust_remote_code: allow {adapter_code} code, which trained the adapter")
+    path = model.peft_config["default"].base_model_name_or_path = args.hub_id or str(base.resolve())
+    record = {"path": path, "class": type(inner).__name__, "code": code, "tensors": fingerprint(base, code)}
+    return json.dumps(record, separators=(",", ":")).encode()
+
+
+def check_base(adapter: Path, base: Path, any_base: bool) -> str:
+    """The code that an adapter was trained with, as `--model_code`; auto if it has no base.json. Refuses another base
+    than it was trained on; prints a line instead with `any_base`, and if there is nothing to compare."""
+    if not (adapter / "base.json").is_file():
+        named = Path(read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or base)
+        called = {base.name, *(part.rpartition("--")[2] for part in base.parts if part.startswith("models--"))}
+        if named.resolve() != base.resolve() and (named.exists() or named.name not in called):
+            note(f"warning: {adapter} has no base.json, and its adapter_config.json names another base, {named}")
+        return "auto"
+    record = read_json(adapter / "base.json")
+    code, before, why = record.get("code", "auto"), record.get("tensors"), None
+    try:
+        now = fingerprint(base, code)
+        if before is None or now is None:
+            note(f"{base}: could not be compared with the base of {adapter}: one of them has no *.safetensors")
+            return code
+        differ = before.keys() ^ now.keys() | {n for n in before.keys() & now if not same_tensor(before[n], now[n])}
+        why = differ and f"{len(differ)} of {len(before)} tensors differ ({some(sorted(differ))})"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        why = f"it is no {record.get('class')} ({' '.join(str(error).split())[:200]})"
+    if why:
+        what = f"{adapter}: {base} is not the base that it was trained on ({record.get('path')}): {why}"
+        if not any_base:
+            raise Refused(f"{what}. Give that base, or go on with this one (--any_base)")
+        note(f"--any_base: {what}")
+    return code
 
 
 # ------------------------------------------------------------------------------------- the files beside the weights
