@@ -188,6 +188,8 @@ def take_up(args, training: TrainingArguments) -> str | None:
         open_tensors(directory / "adapter_model.safetensors")
         if args.model_name_or_path is None:
             args.model_name_or_path = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+        if args.model_name_or_path is None:
+            raise Refused(f"{directory}: its adapter_config.json names no base: give --model_name_or_path")
     args.tokenizer_name_or_path = args.tokenizer_name_or_path or str(directory)
     return str(directory)
 
