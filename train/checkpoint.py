@@ -57,8 +57,8 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
     runs = (output / "train_results.json").exists() or any(output.glob("checkpoint-*"))
     if held and not runs and not (output / LOCK).exists():
         raise Refused(
-            f"--output_dir {output}: holds a model that is not a run's ({some(held)}), whose files would be "
-            "overwritten. Choose another directory"
+            f"--output_dir {output}: contains a model that no run has written ({some(held)}). It would be "
+            "overwritten: choose another directory"
         )
     if not held and not runs:
         return False
@@ -84,7 +84,7 @@ def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
             fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             locks.pop().close()
-            why = f"--output_dir {path.parent}: another job writes there. Choose another directory, or end that job"
+            why = f"--output_dir {path.parent}: another running job uses it. Choose another directory, or end that job"
         except OSError as error:
             if not locks:
                 why = f"--output_dir {path.parent}: cannot be written ({error.strerror})"

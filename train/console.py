@@ -2,11 +2,17 @@
 the offline scripts share in finding out what the user means."""
 
 import argparse
+import ctypes
 import json
+import multiprocessing
 import os
 import re
+import signal
+import sys
 from pathlib import Path
 from typing import NoReturn
+
+NOTHING_SAVED = "Nothing new is saved yet: start the same command again"
 
 
 class Refused(Exception):
@@ -22,6 +28,17 @@ def note(message: str) -> None:
     """Print one line on stdout, from rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
+
+
+def end_by_ctrl_c(when: str, how: str = NOTHING_SAVED) -> None:
+    """Say, on rank 0, what Ctrl-C has stopped and how to go on; end by the signal itself, from any thread."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"\nstopped by Ctrl-C {when}. {how}\n")  # at once: another rank's words must not come between
+        sys.stderr.flush()
+    for worker in multiprocessing.active_children():  # one that loads data would miss us with a traceback
+        worker.kill()
+    ctypes.CDLL(None).signal(signal.SIGINT, 0)  # SIG_DFL
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def read_json(path: Path) -> dict:

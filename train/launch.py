@@ -212,7 +212,8 @@ class Watch:
         soon = [failure for failure in self.failures if failure.when - self.failures[0].when <= 1]
         first = max(soon, key=lambda failure: failure.weight)
         by = f"stopped by {signal.Signals(self.signalled).name}; " if self.signalled else ""
-        if first.code not in (2, 3, 75):  # of these the training has told
+        by_hand = self.signalled == signal.SIGINT and first.code == 128 + signal.SIGINT and len(self.nodes) == 1
+        if first.code not in (2, 3, 75) and not by_hand:  # of these the training has told
             self.printer.put(None, f"failed: {by}{first.what}\n")
         return first.code
 

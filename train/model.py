@@ -7,6 +7,7 @@ run, packing where rows would run together.
 import importlib.util
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from arguments import ModelArguments, TrainingArguments
+from cache import fingerprint
 from console import Refused, choice, note, read_json
 from router import moe_layers, route_in_fp32
 from weights import check_whole, is_transformers_own, read_tensors, some
@@ -125,6 +127,12 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     if not tokenizer.chat_template:
         raise Refused(f"the tokenizer in {path} has no chat template: rows cannot be rendered")
     return tokenizer
+
+
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, args: ModelArguments, resume: str) -> None:
+    """Refuse another tokenizer or template than the checkpoint's: its run is of other tokens."""
+    if fingerprint(tokenizer) != fingerprint(load_tokenizer(replace(args, tokenizer_name_or_path=resume))):
+        raise Refused(f"--tokenizer_name_or_path {args.tokenizer_name_or_path}: is not the tokenizer of {resume}")
 
 
 def first_line(error: Exception) -> str:

@@ -12,18 +12,20 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from checkpoint import Companions, save_dtype
-from console import Refused, choice, note, read_json
+from console import NOTHING_SAVED, Refused, choice, end_by_ctrl_c, note, read_json
 from machine import number_of_processes, read_deepspeed_file
 from weights import open_tensors
 
@@ -42,6 +44,7 @@ MAY_CHANGE = re.compile(
 )
 # What checkpoints of earlier releases, and of other programs, do not say.
 MUST_BE_KNOWN = ("max_seq_length", "packing", "train_on", "overlong")
+NOT_KNOWN = ("eval_split", "model_code", "trainable_params", "train_attention_params_only", "router_aux_loss_coef")
 
 
 # ------------------------------------------------------------------------------------------------ the same run
@@ -94,23 +97,26 @@ def go_on_with(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
     checkpoint = Path(given["resume_from_checkpoint"])
     read_trainer_state(checkpoint)
     plan = read_plan(checkpoint)
-    unknown = [name for name in MUST_BE_KNOWN if name not in plan and name not in given]
-    if unknown:
+    unknown = [f"--{name}" for name in (*MUST_BE_KNOWN, *NOT_KNOWN) if name not in plan and name not in given]
+    if needed := [flag for flag in unknown if flag[2:] in MUST_BE_KNOWN]:
         raise Refused(
-            f"--resume_from_checkpoint {checkpoint}: does not say with which --{', --'.join(unknown)} its run began: "
-            "give them"
+            f"--resume_from_checkpoint {checkpoint}: was saved by an earlier release or another program and does not "
+            f"record {', '.join(needed)}. Give the values that its run had"
         )
+    if unknown:
+        note(f"{checkpoint} does not record {', '.join(unknown)}: taken as not given")
     asked = {name: value for name, value in given.items() if name not in OF_A_START and not MAY_CHANGE.fullmatch(name)}
-    known = plan | {"deepspeed": zero_of(plan.get("deepspeed"))}
+    known = dict(plan)
     if "deepspeed" in asked:
-        asked["deepspeed"] = zero_of(read_deepspeed_file(asked["deepspeed"]))
+        now, then = zero_of(read_deepspeed_file(asked.pop("deepspeed"))), zero_of(plan.get("deepspeed"))
+        asked, known = asked | dict.fromkeys(then, "none") | now, known | dict.fromkeys(now, "none") | then
     asked["processes"] = number_of_processes()
     both = {name: (spelled(value), spelled(known[name])) for name, value in asked.items() if name in known}
-    differ = [f"{'--' * (n in defaults)}{n} {now}, it has {then}" for n, (now, then) in both.items() if now != then]
+    differ = [f"{'--' * (n in defaults)}{n} {now} (the run: {then})" for n, (now, then) in both.items() if now != then]
     if differ:
         raise Refused(
-            f"--resume_from_checkpoint {checkpoint}: its run is another: {'; '.join(differ)}. A flag that is left out "
-            "is the run's. To begin at step 0 from its weights, give it as --model_name_or_path"
+            f"--resume_from_checkpoint {checkpoint}: these differ from its run: {'; '.join(differ)}. Leave a flag out "
+            f"to keep the run's value. To begin a new run from the weights: --model_name_or_path {checkpoint}"
         )
     for flag, winner in (("num_train_epochs", "max_steps"), ("gradient_checkpointing", "activation_checkpointing")):
         if flag in given:  # the run's would win over it
@@ -125,17 +131,16 @@ def spelled(value: Any) -> str:
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
-def zero_of(config: dict | None) -> str:
-    """What of a DeepSpeed configuration decides about the state that it saves: stage, offload, own optimiser."""
+def zero_of(config: dict | None) -> dict[str, str]:
+    """What of a DeepSpeed configuration is a run's: its stage and offload as `deepspeed`, and its other parts, without
+    sizes and reports."""
     if config is None:
-        return "none"
+        return {"deepspeed": "none"}
     zero = config.get("zero_optimization", {})
     places = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
-    parts = [f"ZeRO-{zero.get('stage', 0)}"] + [f"offload to {' and '.join(places)}"] * (set(places) != {"none"})
-    parts += [
-        f"{key} {json.dumps(config[key], sort_keys=True)}" for key in ("optimizer", "scheduler") if key in config
-    ]
-    return ", ".join(parts)
+    stage = f"ZeRO-{zero.get('stage', 0)}" + f", offload to {' and '.join(places)}" * (set(places) != {"none"})
+    others = sorted(config.keys() - {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "aio"})
+    return {"deepspeed": stage} | {f"deepspeed {key}": json.dumps(config[key], sort_keys=True) for key in others}
 
 
 def plan_of(values: dict[str, Any], training: TrainingArguments) -> dict[str, Any]:
@@ -146,15 +151,16 @@ def plan_of(values: dict[str, Any], training: TrainingArguments) -> dict[str, An
     return plan | {"deepspeed": training.deepspeed, "processes": training.world_size}
 
 
-def keep_rows(training: TrainingArguments, figures: dict[str, int]) -> None:
-    """Let checkpoints say how many rows there are; refuses another number than the run began with."""
+def keep_rows(training: TrainingArguments, examples: Any, figures: dict[str, int]) -> None:
+    """Let checkpoints say how many rows there are, and which; refuses others than the run began with."""
     resume = training.resume_from_checkpoint
     known = read_plan(Path(resume)) if resume else {}
-    for name in ("num_rows", "num_examples"):
-        training.plan[name] = figures[name]
-        if known.get(name, figures[name]) != figures[name]:
-            what = f"{name} is {figures[name]}, in {resume} it is {known[name]}"
-            raise Refused(f"--train_data_file: {what}: these are not the rows of its run")
+    hashes = examples.rows.data.column("row_hash").to_numpy()[examples.index]
+    now = {name: figures[name] for name in ("num_rows", "num_examples")} | {"rows": zlib.crc32(hashes.tobytes())}
+    for name, value in now.items():
+        if known.get(name, value) != value:
+            raise Refused(f"--train_data_file: {name}: {value} (the run: {known[name]}): these are not the run's rows")
+    training.plan |= now
 
 
 # ------------------------------------------------------------------------------------------------ the checkpoint
@@ -164,10 +170,11 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's trainer_state.json; refuses a directory that has none."""
     file = checkpoint / "trainer_state.json"
     state = read_json(file) if file.is_file() else {}
-    if not {"global_step", "log_history"} <= set(state):
-        raise Refused(
-            f"--resume_from_checkpoint {checkpoint}: is not a checkpoint (it has no whole trainer_state.json)"
-        )
+    if not {"global_step", "log_history"} <= set(state) or (checkpoint / "train_results.json").exists():
+        why = "it has no whole trainer_state.json" if checkpoint.is_dir() else "no such directory"
+        inner = max(checkpoint.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
+        why = f"it is a run's directory: give {inner}" if inner else why
+        raise Refused(f"--resume_from_checkpoint {checkpoint}: is not a checkpoint ({why})")
     return state
 
 
@@ -183,6 +190,10 @@ def take_up(args, training: TrainingArguments) -> str | None:
         return None
     directory = Path(training.resume_from_checkpoint)
     if not args.use_lora:
+        given = Path(args.model_name_or_path or directory, "config.json")
+        kinds = [read_json(file).get("model_type") for file in (given, directory / "config.json") if file.is_file()]
+        if len(set(kinds)) > 1:
+            raise Refused(f"--model_name_or_path {given.parent}: is a {kinds[0]}, the checkpoint is a {kinds[1]}")
         args.model_name_or_path = str(directory)
     else:
         open_tensors(directory / "adapter_model.safetensors")
@@ -247,10 +258,11 @@ def steps_left(checkpoint: str, args: TrainingArguments, num_examples: int, give
     return max(0, end - state["global_step"])
 
 
-def finish_from(checkpoint: Path, args: TrainingArguments, companions: Companions, figures: dict) -> None:
+def finish_from(checkpoint: Path, args: TrainingArguments, companions: Companions, base: str, figures: dict) -> None:
     """Write the final files of a run whose last step is in `checkpoint`: no step is left to make.
 
     Args:
+        base: what an adapter's files name as its base.
         figures: for train_results.json, beside the step and the mean loss.
     """
     output = Path(args.output_dir)
@@ -262,9 +274,13 @@ def finish_from(checkpoint: Path, args: TrainingArguments, companions: Companion
     dtype = torch.float32 if adapter else save_dtype(args)
     for file in weights.glob("*.safetensors"):
         save_file(companions.cast(load_file(file), dtype), output / file.name, metadata={"format": "pt"})
-    for name in ("config.json", "adapter_config.json", "model.safetensors.index.json"):
+    for name in ("config.json", "model.safetensors.index.json"):
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, output / name)
+    for name, key in (("adapter_config.json", "base_model_name_or_path"), ("base.json", "path")):
+        if (checkpoint / name).is_file():
+            text = json.dumps(read_json(checkpoint / name) | {key: base}, indent=2 if name[0] == "a" else None)
+            (output / name).write_text(text, encoding="utf-8")
     companions.write(output, None if adapter else dtype)
     shutil.copyfile(checkpoint / "trainer_state.json", output / "trainer_state.json")
     if not (output / "train_results.json").exists():
@@ -303,14 +319,10 @@ def follow_schedule(scheduler: Any, step: int, max_steps: int) -> None:
 
 class GoOn(TrainerCallback, ExportableState):
     """What the Trainer forgets at a checkpoint: losses that are not logged yet, intervals that are given anew. At
-    Ctrl-C, what was saved last and the command that goes on.
+    Ctrl-C, what was saved last and the command that goes on."""
 
-    Args:
-        resume: the checkpoint that the run goes on from, if any.
-    """
-
-    def __init__(self, trainer: transformers.Trainer, resume: str | None, train_data_file: list[str]):
-        self.trainer, self.saved, self.train_data_file = trainer, resume, train_data_file
+    def __init__(self, trainer: transformers.Trainer, train_data_file: list[str]):
+        self.trainer, self.train_data_file, self.saved = trainer, train_data_file, None
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps, as losses_so_far() returns it."""
@@ -318,7 +330,7 @@ class GoOn(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {name: getattr(self.trainer, own, 0) for name, own in kept.items()}}
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
-        if self.saved:
+        if state.global_step:
             losses, trainer = losses_so_far(vars(state)), self.trainer
             trainer._total_loss_scalar, trainer._globalstep_last_logged = losses["logged"], losses["last_logged"]
             trainer._tr_loss += losses["unlogged"]
@@ -328,26 +340,28 @@ class GoOn(TrainerCallback, ExportableState):
                 state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         state.compute_steps(args, state.max_steps)  # the Trainer takes the checkpoint's intervals
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as under nohup
-            # at once: KeyboardInterrupt comes out of a collective as another rank's error
-            stop = lambda *_: end_by_ctrl_c(f"at step {state.global_step}", self.saved and self.command(args))
-            signal.signal(signal.SIGINT, stop)
+            end, begin = os.pipe()
+            os.set_blocking(begin, False)
+            signal.set_wakeup_fd(begin, warn_on_full_buffer=False)
+            signal.signal(signal.SIGINT, lambda *_: None)
+            threading.Thread(target=self.wait, args=(end, args, state), daemon=True).start()
+
+    def wait(self, end: int, args: TrainingArguments, state: TrainerState) -> None:
+        """Until Ctrl-C. In a thread: the main one may be in a collective, which does not end once a peer has gone."""
+        while os.read(end, 1)[0] != signal.SIGINT:
+            pass
+        end_by_ctrl_c(f"at step {state.global_step}", self.command(args) if self.saved else NOTHING_SAVED)
 
     def on_save(self, args, state, control, **kwargs):
         self.saved = str(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def command(self, args: TrainingArguments) -> str:
         """What was saved last, and the command that goes on from it: train.sh where that has started us."""
+        if args.save_only_model:
+            return f"Last checkpoint: {self.saved}, without optimizer state (--save_only_model)"
         ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        launcher = f"torchrun --nproc_per_node {ranks}" if args.world_size > 1 else "python"
+        launcher = "python" if args.world_size == 1 else f"torchrun --nproc_per_node {ranks}"
         begin = os.environ.get("GO_ON_WITH") or f"{launcher} {shlex.quote(sys.argv[0])}"
         flags = ["--resume_from_checkpoint", self.saved, "--train_data_file", *self.train_data_file]
-        return f"Saved last: {self.saved}. To go on: {begin} {shlex.join([*flags, '--output_dir', args.output_dir])}"
-
-
-def end_by_ctrl_c(when: str, how: str | None = None) -> None:
-    """Say, on rank 0, what Ctrl-C has stopped and how to go on, and end by the signal itself."""
-    if os.environ.get("RANK", "0") == "0":
-        how = how or "Nothing is saved yet: start the same command again"
-        print(f"\nstopped by Ctrl-C {when}. {how}", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)
+        flags += ["--output_dir", args.output_dir]
+        return f"Last checkpoint: {self.saved}. Continue with:\n{begin} {shlex.join(flags)}"

@@ -13,9 +13,15 @@ anything else: failed.
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+
+from console import Refused, end_by_ctrl_c, note
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # the imports take seconds
+    signal.signal(signal.SIGINT, lambda *_: end_by_ctrl_c("before the first step"))
 
 import torch
 from transformers import EarlyStoppingCallback, set_seed
@@ -24,20 +30,20 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from arguments import note_without_effect, parse_arguments
 from callbacks import Meter, Probe, ProgressLine, StopOnNonFinite
 from checkpoint import Companions, check_output_dir, lock_output_dir, set_aside
-from console import Refused, note
 from data import Collator, Options, load_data
 from machine import let_all_come
 from model import (
     accepts_loss_kwargs,
     check_directory,
     check_packing,
+    check_same_tokenizer,
     fetch,
     load_model,
     load_tokenizer,
     number_of_parameters,
     takes_supervised_head,
 )
-from resume import GoOn, end_by_ctrl_c, finish_from, keep_rows, steps_left, take_up
+from resume import GoOn, finish_from, keep_rows, steps_left, take_up
 from trainer import Trainer, mean_loss
 from weights import check_base, record_base
 
@@ -48,21 +54,23 @@ def main(argv: list[str]) -> None:
     model_args, data_args, training_args = parse_arguments(argv)
     note_without_effect(model_args, data_args, training_args)
     fetch(model_args)
-    base, resume = model_args.model_name_or_path, take_up(model_args, training_args)
+    resume = take_up(model_args, training_args)
     fetch(model_args)  # the base that a resumed adapter names
     check_directory(model_args, data_args.packing)
     adapter = Path(resume) if resume and model_args.use_lora else None
     adapter_code = check_base(adapter, Path(model_args.model_name_or_path), model_args.any_base) if adapter else "auto"
     model_args.model_code = adapter_code if model_args.model_code == "auto" else model_args.model_code
-    earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
     lock_output_dir(training_args)
+    earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
 
     # 2. Data: rows → token sequences.
     tokenizer = load_tokenizer(model_args)
+    if resume and "tokenizer_name_or_path" in model_args.given:
+        check_same_tokenizer(tokenizer, model_args, resume)
     options = Options(data_args.max_seq_length, data_args.train_on, data_args.overlong)
     examples, evaluation = load_data(data_args, tokenizer, options)
     figures = examples.figures() | {"num_examples": len(examples), "num_eval_examples": len(evaluation or ())}
-    keep_rows(training_args, figures)
+    keep_rows(training_args, examples, figures)
     if data_args.packing == "bin":
         from packing import Bins
 
@@ -70,14 +78,13 @@ def main(argv: list[str]) -> None:
         figures |= {"num_bins": len(examples), "bin_fill": examples.fill}
         note(f"{figures['num_examples']} sequences in {len(examples)} bins, which are {examples.fill:.1%} full")
     tokenizer_path = model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    companions = Companions.read(base or model_args.model_name_or_path, tokenizer_path)
+    companions = Companions.read(model_args.model_name_or_path, tokenizer_path)
     if resume and not steps_left(resume, training_args, len(examples), model_args.given):
         note(f"{resume} is the end of a finished run: no step is left, its final files are written")
         lock_output_dir(training_args, begin=True)  # all ranks have looked at output_dir then
         if training_args.should_save:
-            if adapter and (adapter / "base.json").is_file():
-                companions.files["base.json"] = (adapter / "base.json").read_bytes()
-            finish_from(Path(resume), training_args, companions, figures | dict.fromkeys(Meter.FIGURES))
+            named = model_args.hub_id or os.path.realpath(model_args.model_name_or_path)
+            finish_from(Path(resume), training_args, companions, named, figures | dict.fromkeys(Meter.FIGURES))
         return
     probe = Probe(training_args.probe_file, tokenizer) if training_args.probe_file else None
 
@@ -118,7 +125,7 @@ def main(argv: list[str]) -> None:
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
-    for ours in (ProgressLine(), GoOn(trainer, resume, data_args.train_data_file)):
+    for ours in (ProgressLine(), GoOn(trainer, data_args.train_data_file)):
         trainer.add_callback(ours)
 
     # 5. Run.
@@ -162,6 +169,8 @@ def leave(code: int) -> None:
 
 if __name__ == "__main__":
     try:
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is tidied up
         main(sys.argv[1:])
     except Refused as refusal:
         first = os.environ.get("RANK", "0") == "0"

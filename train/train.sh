@@ -95,7 +95,11 @@ LORA=$(flag use_lora "$@")
 # 2. The machine.
 if given "$(flag use_cpu "$@")"; then GPUS=0
 else GPUS=$(PYTHONPATH=$HERE "$PYTHON" -c 'import os, node; print(node.number_of_gpus(dict(os.environ)))'); fi
-[ "$GPUS" != None ] || refuse "the number of GPUs is not known: nvidia-smi -L does not answer. Try: nvidia-smi -pm 1"
+if [ "$GPUS" = None ]; then  # there are some
+    [ -n "$HOST_GPU_NUM$NODE_IP_LIST${IP_LIST:-}" ] ||
+        refuse "the number of GPUs is not known: nvidia-smi -L does not answer. Set HOST_GPU_NUM, or run: nvidia-smi -pm 1"
+    GPUS=${HOST_GPU_NUM:-1}
+fi
 if [ "$GPUS" -gt 0 ]; then
     [ -n "$NODE_IP_LIST${IP_LIST:-}" ] || choose HOST_GPU_NUM "$GPUS" "the GPUs of this machine"
     [ -n "$RESUME" ] || choose DS_CONFIG ds_zero3_no_offload.json "the default on GPUs"

@@ -224,7 +224,8 @@ def check_base(adapter: Path, base: Path, any_base: bool) -> str:
 OF_A_MODEL = re.compile(
     r"(?!\.|.*\.(py|env|key|log|gz|tgz|zip|tar|bak)$)("
     r"(generation|preprocessor|processor)_config\.json|(special_tokens_map|added_tokens)\.json"
-    r"|(tokenizer|vocab|merges|chat_template).*|.*\.(tiktoken|model|vocab)|additional_chat_templates/.*\.jinja"
+    r"|(tokenizer|vocab|merges|chat_template).*\.(json|jsonl|txt|jinja)|.*\.(tiktoken|model|vocab)"
+    r"|additional_chat_templates/.*\.jinja"
     r"|(?i:(.*[-_ ])?(licen[cs]e|notice)s?([-_. ].*)?))"
 )
 # What is no news where it stays behind: weights, and what training and merging leave.

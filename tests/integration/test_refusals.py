@@ -97,6 +97,17 @@ def test_train_sh_refuses_before_it_starts_anything(env, flags, says, tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["node.py", "train", "train.sh"], "nothing is written"
 
 
+def test_an_unknown_number_of_gpus_is_not_0(tmp_path):
+    """T15: refused, unless it is given."""
+    (tmp_path / "train.sh").write_bytes((TRAIN / "train.sh").read_bytes())
+    (tmp_path / "node.py").write_text("def number_of_gpus(env):\n    return None\n")
+    command, env = ["bash", str(tmp_path / "train.sh")], {"MODEL_PATH": "m"}
+    run = run_command(command, env=env)
+    assert run.returncode == 2 and "nvidia-smi -pm 1" in run.stderr, run.stderr
+    run = run_command(command, env=env | {"HOST_GPU_NUM": "2"})
+    assert run.returncode == 2 and "TRAIN_DATA_FILE is not set" in run.stderr, run.stderr
+
+
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]], ids=["", "overwrite"])
 @pytest.mark.parametrize("kind", ["model", "old model", "adapter", "tokenizer", "checkpoint"])
 def test_another_models_directory_is_not_overwritten(
@@ -112,7 +123,7 @@ def test_another_models_directory_is_not_overwritten(
         (out / name).write_text("{}")
     run = run_here("train.py", [*good(model_dir("moe", example_tokenizer_dir), example_rows, out), *overwrite])
     assert run.returncode == 2, run.stderr
-    assert f"--output_dir {out}: holds a model that is not a run's" in run.stderr
+    assert f"--output_dir {out}: contains a model that no run has written" in run.stderr
     assert sorted(path.name for path in out.iterdir()) == files[kind]
 
 
@@ -128,7 +139,7 @@ def test_a_second_job_in_the_same_directory_is_refused(
         for flags in ([], ["--overwrite_output_dir"]):
             run = run_here("train.py", [*args, *flags])
             assert run.returncode == 2, run.stderr
-            assert f"--output_dir {out}: another job writes there" in run.stderr
+            assert f"--output_dir {out}: another running job uses it" in run.stderr
             assert "rows:" not in run.stdout
         run = run_train(args, launcher="torchrun", nproc=2)
         assert run.returncode != 0 and run.stderr.count("refused: ") == 1, run.stderr[-2000:]

@@ -90,25 +90,25 @@ def test_what_the_readmes_say_goes_on_as_planned(first, example_rows, run_train,
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--per_device_train_batch_size", 4], "--per_device_train_batch_size 4, it has 2"),
-        (["--gradient_accumulation_steps", 1], "--gradient_accumulation_steps 1, it has 2"),
-        (["--seed", 3], "--seed 3, it has 7"),
-        (["--learning_rate", 2e-3], "--learning_rate 0.002, it has 0.001"),
-        (["--min_lr", 0], "--min_lr 0, it has 0.0001"),
-        (["--lr_scheduler_type", "linear"], "--lr_scheduler_type linear, it has cosine"),
-        (["--warmup_steps", 1], "--warmup_steps 1, it has 0"),
-        (["--weight_decay", 0], "--weight_decay 0, it has 0.1"),
-        (["--optim", "sgd"], "--optim sgd, it has adamw_torch"),
-        (["--packing", "none"], "--packing none, it has batch"),
-        (["--max_seq_length", 4096], "--max_seq_length 4096, it has 64"),
-        (["--use_lora"], "--use_lora True, it has False"),
-        (["--lora_rank", 8], "--lora_rank 8, it has 64"),
-        (["--train_attention_params_only"], "--train_attention_params_only True, it has False"),
-        (["--model_code", "remote"], "--model_code remote, it has auto"),
-        (["--deepspeed", ZERO3], "--deepspeed ZeRO-3, it has none"),
-        (["--bf16"], "--bf16 True, it has False"),
-        (["--eval_split", 0.1], "--eval_split 0.1, it has None"),
-        (["--seed", 3, "--packing", "none", "--max_steps", 9], "--packing none, it has batch"),
+        (["--per_device_train_batch_size", 4], "--per_device_train_batch_size 4 (the run: 2)"),
+        (["--gradient_accumulation_steps", 1], "--gradient_accumulation_steps 1 (the run: 2)"),
+        (["--seed", 3], "--seed 3 (the run: 7)"),
+        (["--learning_rate", 2e-3], "--learning_rate 0.002 (the run: 0.001)"),
+        (["--min_lr", 0], "--min_lr 0 (the run: 0.0001)"),
+        (["--lr_scheduler_type", "linear"], "--lr_scheduler_type linear (the run: cosine)"),
+        (["--warmup_steps", 1], "--warmup_steps 1 (the run: 0)"),
+        (["--weight_decay", 0], "--weight_decay 0 (the run: 0.1)"),
+        (["--optim", "sgd"], "--optim sgd (the run: adamw_torch"),
+        (["--packing", "none"], "--packing none (the run: batch)"),
+        (["--max_seq_length", 4096], "--max_seq_length 4096 (the run: 64)"),
+        (["--use_lora"], "--use_lora True (the run: False)"),
+        (["--lora_rank", 8], "--lora_rank 8 (the run: 64)"),
+        (["--train_attention_params_only"], "--train_attention_params_only True (the run: False)"),
+        (["--model_code", "remote"], "--model_code remote (the run: auto)"),
+        (["--deepspeed", ZERO3], "--deepspeed ZeRO-3 (the run: none)"),
+        (["--bf16"], "--bf16 True (the run: False)"),
+        (["--eval_split", 0.1], "--eval_split 0.1 (the run: None)"),
+        (["--seed", 3, "--packing", "none", "--max_steps", 9], "--packing none (the run: batch)"),
     ],
     ids=lambda value: "".join(map(str, value[:1])) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -120,7 +120,7 @@ def test_another_run_is_refused_with_both_values(flags, says, first, example_row
     assert run.returncode == 2 and says in run.stderr and run.stderr.count("refused: ") == 1, run.stderr
     assert not (tmp_path / "out").exists()
     if "--seed" in flags:
-        assert "--seed 3, it has 7" in run.stderr and "max_steps" not in run.stderr
+        assert "--seed 3 (the run: 7)" in run.stderr and "max_steps" not in run.stderr
         file = tmp_path / "run.yaml"
         pairs = zip([*args, *flags][::2], [*args, *flags][1::2])
         file.write_text("".join(f"{key.removeprefix('--')}: {value}\n" for key, value in pairs))
@@ -132,10 +132,32 @@ def test_other_rows_and_another_number_of_processes_are_refused(first, example_r
     fewer.write_bytes(b"".join(example_rows.read_bytes().splitlines(True)[:-1]))
     args = ["--resume_from_checkpoint", first[1] / "checkpoint-3", "--output_dir", tmp_path / "out"]
     run = run_here("train.py", [*args, "--train_data_file", fewer])
-    assert run.returncode == 2 and "num_rows is 899" in run.stderr and "it is 900" in run.stderr, run.stderr
+    assert run.returncode == 2 and "num_rows: 899 (the run: 900)" in run.stderr, run.stderr
+    others = tmp_path / "others.jsonl"
+    others.write_bytes(b"".join(reversed(example_rows.read_bytes().splitlines(True))))
+    run = run_here("train.py", [*args, "--train_data_file", others])
+    assert run.returncode == 2 and "these are not the run's rows" in run.stderr, run.stderr
     run = run_train([*args, "--train_data_file", example_rows], launcher="torchrun", nproc=2)
     assert run.returncode != 0 and run.stderr.count("refused: ") == 1, run.stderr[-2000:]
-    assert "processes 2, it has 1" in run.stderr and not (tmp_path / "out").exists()
+    assert "processes 2 (the run: 1)" in run.stderr and not (tmp_path / "out").exists()
+
+
+def test_another_model_tokenizer_or_directory_is_refused(
+    first, model_dir, make_model_dir, example_tokenizer_dir, example_rows, run_here, tmp_path
+):
+    """Of a run of all weights, whose model and tokenizer are the checkpoint's."""
+    args = ["--resume_from_checkpoint", first[1] / "checkpoint-3", "--train_data_file", example_rows]
+    args += ["--output_dir", tmp_path / "out"]
+    dense = model_dir("dense", example_tokenizer_dir)
+    run = run_here("train.py", [*args, "--model_name_or_path", dense])
+    assert run.returncode == 2 and "a hunyuan_v1_dense, the checkpoint is a hunyuan_v1_moe" in run.stderr, run.stderr
+    other = shutil.copytree(example_tokenizer_dir, tmp_path / "tokenizer")
+    (other / "chat_template.jinja").write_text("!" + (other / "chat_template.jinja").read_text())
+    run = run_here("train.py", [*args, "--tokenizer_name_or_path", other])
+    assert run.returncode == 2 and f"{other}: is not the tokenizer of" in run.stderr, run.stderr
+    run = run_here("train.py", ["--resume_from_checkpoint", first[1], *args[2:]])
+    assert run.returncode == 2 and f"it is a run's directory: give {first[1]}/checkpoint-6" in run.stderr, run.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_only_says_how_long_or_how_often_holds(first, example_rows, run_train, tmp_path):
@@ -176,9 +198,10 @@ def test_a_checkpoint_that_knows_less(first, example_rows, run_train, run_here, 
     assert run.returncode == 2 and "--max_seq_length, --packing, --train_on, --overlong" in run.stderr, run.stderr
     args += ["--max_seq_length", 64, "--packing", "batch", "--train_on", "all", "--overlong", "truncate"]
     run = run_here("train.py", [*args, "--seed", 8, "--warmup_ratio", 0.2])
-    assert run.returncode == 2 and "another: --seed 8, it has 7. A flag" in run.stderr, run.stderr
+    assert run.returncode == 2 and "differ from its run: --seed 8 (the run: 7). Leave" in run.stderr, run.stderr
     run = run_train(args)
     assert run.returncode == 0, run.stderr[-3000:]
+    assert "does not record --eval_split, --model_code, --trainable_params" in run.stdout
     assert differences(first[1], tmp_path / "out") == (0, 0)
 
 
@@ -253,8 +276,8 @@ def test_cut_off_by_ctrl_c_and_gone_on(what, stage, model_dir, example_tokenizer
         job.send_signal(signal.SIGINT)
         assert job.wait(timeout=60) == 130, said.read_text()[-3000:]
     text = said.read_text()
-    (line,) = re.findall(r"stopped by Ctrl-C at step (\d+)\. Saved last: (\S+)\. To go on: (.*)", text)
-    assert "Traceback" not in text and "Error" not in text
+    (line,) = re.findall(r"stopped by Ctrl-C at step (\d+)\. Last checkpoint: (\S+)\. Continue with:\n(.*)", text)
+    assert "Traceback" not in text and "Error" not in text and "failed" not in text
     assert line[1] == str(out / f"checkpoint-{int(line[0]) // 10 * 10}") and int(line[0]) < 40
 
     lines = [
@@ -283,4 +306,24 @@ def test_ctrl_c_before_the_first_step(example_rows, tmp_path):
         job.send_signal(signal.SIGINT)
         assert job.wait(timeout=60) == 130
     text = (tmp_path / "said.txt").read_text()
-    assert text.count("stopped by Ctrl-C before the first step. Nothing is saved yet") == 1 and "Traceback" not in text
+    assert text.count("stopped by Ctrl-C before the first step. Nothing new is saved yet") == 1
+    assert "Traceback" not in text and "failed" not in text
+
+
+@pytest.mark.parametrize("after", [0.5, 2, "step 30/"])
+def test_ctrl_c_without_train_sh(after, model_dir, example_tokenizer_dir, example_rows, tmp_path):
+    """While it imports and in the middle of the steps, with workers that load data: a terminal's Ctrl-C reaches all of
+    them."""
+    args = ["--model_name_or_path", model_dir("dense", example_tokenizer_dir), "--train_data_file", example_rows]
+    args += ["--output_dir", tmp_path / "out", "--max_steps", 100_000, "--logging_steps", 10, "--save_steps", 20]
+    command = [sys.executable, TRAIN / "train.py", *args, "--dataloader_num_workers", 2]
+    with (tmp_path / "said.txt").open("w") as said:
+        job = subprocess.Popen([str(part) for part in command], stdout=said, stderr=said, start_new_session=True)
+        deadline = time.monotonic() + (after if isinstance(after, float | int) else 100)
+        while str(after) not in (tmp_path / "said.txt").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGINT)
+        assert job.wait(timeout=60) == -signal.SIGINT
+    text = (tmp_path / "said.txt").read_text()
+    assert text.count("stopped by Ctrl-C") == 1 and "Traceback" not in text, text[-2000:]
+    assert ("Continue with:\npython " in text) == isinstance(after, str)
