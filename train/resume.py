@@ -307,14 +307,12 @@ def losses_so_far(state: dict[str, Any]) -> dict[str, float]:
 def follow_schedule(scheduler: Any, step: int, max_steps: int) -> None:
     """Give the optimizer the rate that the schedule now has for the next step, and say so where it was another: the
     Trainer would take the checkpoint's once more."""
-    if factors := getattr(scheduler, "lr_lambdas", None):  # another kind follows the loss, or is DeepSpeed's own
-        groups, before = scheduler.optimizer.param_groups, scheduler.optimizer.param_groups[0]["lr"]
-        for group, rate, factor in zip(groups, scheduler.base_lrs, factors):
-            group["lr"] = rate * factor(scheduler.last_epoch)
-        scheduler._last_lr = [group["lr"] for group in groups]  # which is what is logged
-        if groups[0]["lr"] != before:
-            why = f"step {step + 1} of {max_steps}; as it was planned {before:.4g}"
-            choice("next learning rate", f"{groups[0]['lr']:.4g}", why)
+    if not hasattr(scheduler, "lr_lambdas"):  # it follows the loss, or is DeepSpeed's own
+        return
+    before, scheduler.last_epoch = scheduler.get_last_lr()[0], scheduler.last_epoch - 1
+    scheduler.step()
+    if (now := scheduler.get_last_lr()[0]) != before:
+        choice("next learning rate", f"{now:.4g}", f"step {step + 1} of {max_steps}; as it was planned {before:.4g}")
 
 
 class GoOn(TrainerCallback, ExportableState):
