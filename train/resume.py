@@ -109,7 +109,8 @@ def go_on_with(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
     known = dict(plan)
     if "deepspeed" in asked:
         now, then = zero_of(read_deepspeed_file(asked.pop("deepspeed"))), zero_of(plan.get("deepspeed"))
-        asked, known = asked | dict.fromkeys(then, "none") | now, known | dict.fromkeys(now, "none") | then
+        for part in {"deepspeed"} if now["deepspeed"] != then["deepspeed"] else now.keys() | then.keys():
+            asked[part], known[part] = now.get(part, "none"), then.get(part, "none")
     asked["processes"] = number_of_processes()
     both = {name: (spelled(value), spelled(known[name])) for name, value in asked.items() if name in known}
     differ = [f"{'--' * (n in defaults)}{n} {now} (the run: {then})" for n, (now, then) in both.items() if now != then]

@@ -59,6 +59,8 @@ def main(argv: list[str]) -> None:
     check_directory(model_args, data_args.packing)
     adapter = Path(resume) if resume and model_args.use_lora else None
     adapter_code = check_base(adapter, Path(model_args.model_name_or_path), model_args.any_base) if adapter else "auto"
+    if model_args.any_base and not adapter:
+        note("--any_base has no effect: no adapter is resumed")
     model_args.model_code = adapter_code if model_args.model_code == "auto" else model_args.model_code
     lock_output_dir(training_args)
     earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
