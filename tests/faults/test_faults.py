@@ -230,7 +230,7 @@ def test_before_it_begins(name, bed, table):
 )
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.campaign)], ids=["apart", "shared"])
 def test_a_refusal_leaves_nothing_on_the_nodes(name, shared, bed):
-    """Of directories, logs that were made for the job. On the chief train.sh has made them, and a log of its own."""
+    """Of directories and logs that were made for the job, by train.sh on the chief."""
     disk = bed.folder / "disk"
     disk.mkdir()
     if not shared:
@@ -246,8 +246,7 @@ def test_a_refusal_leaves_nothing_on_the_nodes(name, shared, bed):
     assert ("10.77.0.2: ready" in job.output) == (name != "not ready"), "the ranks were started there"
     if not shared:
         assert bed.two[1].sh(f"find {disk} -mindepth 1") == ""
-    (log,) = (disk / "a" / "out").iterdir()
-    assert not log.name.endswith("10.77.0.2.txt")
+    assert not any(disk.iterdir())
 
 
 @pytest.mark.campaign
