@@ -27,7 +27,7 @@ RUN_FILES = ("checkpoint-*", "*.safetensors*", "config.json", "adapter_config.js
 RUN_FILES += ("trainer_state.json", "base.json")
 MODEL_MARKS = ("config.json", "adapter_config.json", "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin")
 LOCK = ".lock"
-locks = []  # open files, for as long as this process lives
+locks = {}  # {path: open file}, for as long as this process lives
 
 
 # ------------------------------------------------------------------------------------------------- an earlier run
@@ -77,16 +77,16 @@ def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
     The kernel holds the lock (flock), on a file that stays. It is made when the run is about to `begin`.
     """
     path, why = Path(args.output_dir, LOCK), None
-    if args.should_save and not locks and (begin or path.exists()):
+    if args.should_save and path not in locks and (begin or path.exists()):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            locks.append(open(path, "a"))  # noqa: SIM115
-            fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks[path] = open(path, "a")  # noqa: SIM115
+            fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            locks.pop().close()
+            locks.pop(path).close()
             why = f"--output_dir {path.parent}: another running job uses it. Choose another directory, or end that job"
         except OSError as error:
-            if not locks:
+            if path not in locks:
                 why = f"--output_dir {path.parent}: cannot be written ({error.strerror})"
             else:
                 note(f"{path.parent}: is not locked, its file system has no locks ({error.strerror})")

@@ -259,11 +259,13 @@ def steps_left(checkpoint: str, args: TrainingArguments, num_examples: int, give
     return max(0, end - state["global_step"])
 
 
-def finish_from(checkpoint: Path, args: TrainingArguments, companions: Companions, base: str, figures: dict) -> None:
+def finish_from(
+    checkpoint: Path, args: TrainingArguments, companions: Companions, base: str | None, figures: dict
+) -> None:
     """Write the final files of a run whose last step is in `checkpoint`: no step is left to make.
 
     Args:
-        base: what an adapter's files name as its base.
+        base: what an adapter's files are to name as its base; None: as in the checkpoint.
         figures: for train_results.json, beside the step and the mean loss.
     """
     output = Path(args.output_dir)
@@ -280,7 +282,8 @@ def finish_from(checkpoint: Path, args: TrainingArguments, companions: Companion
             shutil.copyfile(checkpoint / name, output / name)
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("base.json", "path")):
         if (checkpoint / name).is_file():
-            text = json.dumps(read_json(checkpoint / name) | {key: base}, indent=2 if name[0] == "a" else None)
+            content = read_json(checkpoint / name) | ({key: base} if base else {})
+            text = json.dumps(content, indent=2 if name == "adapter_config.json" else None)
             (output / name).write_text(text, encoding="utf-8")
     companions.write(output, None if adapter else dtype)
     shutil.copyfile(checkpoint / "trainer_state.json", output / "trainer_state.json")

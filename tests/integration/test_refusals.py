@@ -150,7 +150,6 @@ def test_a_second_job_in_the_same_directory_is_refused(
 
 def test_without_locks_one_line_and_no_refusal(tmp_path, monkeypatch, capsys):
     """And a directory that cannot be written is refused where it would be made."""
-    monkeypatch.setattr(checkpoint, "locks", [])
     args = types.SimpleNamespace(output_dir=str(tmp_path / "a" / "b"), should_save=True, world_size=1)
     checkpoint.lock_output_dir(args)
     assert not (tmp_path / "a").exists(), "nothing is made before the run begins"
@@ -162,7 +161,6 @@ def test_without_locks_one_line_and_no_refusal(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         checkpoint.lock_output_dir(args, begin=True)
     assert capsys.readouterr().out.count("has no locks") == 1 and (tmp_path / "a" / "b").is_dir()
-    monkeypatch.setattr(checkpoint, "locks", [])
     (tmp_path / "file").touch()
     args.output_dir = str(tmp_path / "file" / "out")
     with pytest.raises(Refused, match="cannot be written"):
