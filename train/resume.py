@@ -157,7 +157,7 @@ def keep_rows(training: TrainingArguments, examples: Any, figures: dict[str, int
     resume = training.resume_from_checkpoint
     known = read_plan(Path(resume)) if resume else {}
     hashes = examples.rows.data.column("row_hash").to_numpy()[examples.index]
-    now = {name: figures[name] for name in ("num_rows", "num_examples")} | {"rows": zlib.crc32(hashes.tobytes())}
+    now = {name: figures[name] for name in ("num_rows", "num_examples")} | {"rows_checksum": zlib.crc32(hashes)}
     for name, value in now.items():
         if known.get(name, value) != value:
             raise Refused(f"--train_data_file: {name}: {value} (the run: {known[name]}): these are not the run's rows")
