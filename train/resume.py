@@ -332,6 +332,7 @@ class GoOn(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {name: getattr(self.trainer, own, 0) for name, own in kept.items()}}
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        """Put back what a checkpoint kept, follow this start's schedule and intervals, and wait for Ctrl-C."""
         if state.global_step:
             losses, trainer = losses_so_far(vars(state)), self.trainer
             trainer._total_loss_scalar, trainer._globalstep_last_logged = losses["logged"], losses["last_logged"]

@@ -85,9 +85,8 @@ def main(argv: list[str]) -> None:
         note(f"{resume} is the end of a finished run: no step is left, its final files are written")
         lock_output_dir(training_args, begin=True)  # all ranks have looked at output_dir then
         if training_args.should_save:
-            named = (
-                None if model_args.any_base else model_args.hub_id or os.path.realpath(model_args.model_name_or_path)
-            )
+            base = model_args.hub_id or os.path.realpath(model_args.model_name_or_path)
+            named = None if model_args.any_base else base
             finish_from(Path(resume), training_args, companions, named, figures | dict.fromkeys(Meter.FIGURES))
         return
     probe = Probe(training_args.probe_file, tokenizer) if training_args.probe_file else None
