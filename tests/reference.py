@@ -91,7 +91,7 @@ def trainer_order(
 
 def built_on_the_cpu(directory: Path) -> torch.nn.Module:
     """The class of fixtures/hunyuan_remote as a 4.41 program gets it: built on the CPU, the file's tensors put in."""
-    from legacy_remote_code import bring_back_imports
+    from sft.model.remote_code_441 import bring_back_imports
 
     bring_back_imports()
     sys.path.insert(0, str(Path(__file__).parent / "fixtures"))

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from console import Parser, Refused, newest, read_json
-from merge_lora_weight import OUTPUT_ROOT
-from weights import INDEX, check_base
+from sft.messages import OUTPUT_ROOT, Parser, Refused, newest, read_json
+from sft.model.weight_files import INDEX, check_base
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FILES = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -63,7 +62,7 @@ def load(model_dir: Path, adapter: Path | None, any_base: bool) -> tuple[Any, An
     """(tokenizer, model) ready to generate: on the GPUs if there are any, in the dtype that config.json says."""
     from transformers import AutoTokenizer  # takes seconds: only once the paths are right
 
-    from legacy_remote_code import load_any
+    from sft.model.remote_code_441 import load_any
 
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
         model_code = check_base(adapter, model_dir, any_base) if adapter else "auto"

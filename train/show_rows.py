@@ -1,4 +1,8 @@
-"""`python data.py`: a row as it will be trained, or the lengths of a file's rows. The only place that prints a row."""
+"""A row as it will be trained, or the lengths of a file's rows. The only place that prints a row.
+
+python show_rows.py --model DIR --file rows.jsonl            # lengths, and what share of the tokens is supervised
+python show_rows.py --model DIR --file rows.jsonl --row 12   # line 12 as it will be trained, token by token
+"""
 
 import argparse
 import sys
@@ -8,10 +12,10 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from chat_format import ChatFormat
-from console import Refused
-from data import Examples, Options, encode_rows, load_examples
-from rows import data_files, read_lines
+from sft.data.chat_format import ChatFormat
+from sft.data.examples import Examples, Options, encode_rows, load_examples
+from sft.data.rows import data_files, read_lines
+from sft.messages import Refused
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 WIDTH = 50  # characters of the longest bar
@@ -19,7 +23,7 @@ WIDTH = 50  # characters of the longest bar
 
 def main(argv: list[str]) -> None:
     """Print what the arguments ask for. Exit code 2 with one message where that is refused."""
-    parser = argparse.ArgumentParser("data.py", description=__doc__.split(". The")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split(". The")[0])
     parser.add_argument("--model", required=True, help="directory of the model or tokenizer")
     parser.add_argument("--file", required=True, nargs="+", help="jsonl files or globs, plain or .gz")
     parser.add_argument(
@@ -98,3 +102,7 @@ def show_file(examples: Examples) -> None:
     for low, high, number in zip(edges, edges[1:], numbers):
         bar = "█" * -(-int(number) * WIDTH // int(numbers.max()))
         print(f"{low + 1:>9} – {high:<9} {number:>9} {bar}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from console import Refused, end_by_ctrl_c, note
+from sft.messages import Refused, end_by_ctrl_c, note
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # the imports take seconds
     signal.signal(signal.SIGINT, lambda *_: end_by_ctrl_c("before the first step"))
@@ -27,12 +27,10 @@ import torch
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from arguments import note_without_effect, parse_arguments
-from callbacks import Meter, Probe, ProgressLine, StopOnNonFinite
-from checkpoint import Companions, check_output_dir, lock_output_dir, set_aside
-from data import Collator, Options, load_data
-from machine import let_all_come
-from model import (
+from sft.arguments import note_without_effect, parse_arguments
+from sft.data.batches import Bins, Collator
+from sft.data.examples import Options, load_data
+from sft.model.load import (
     accepts_loss_kwargs,
     check_directory,
     check_packing,
@@ -43,9 +41,13 @@ from model import (
     number_of_parameters,
     takes_supervised_head,
 )
-from resume import GoOn, finish_from, keep_rows, steps_left, take_up
-from trainer import Trainer, mean_loss
-from weights import check_base, record_base
+from sft.model.weight_files import check_base, record_base
+from sft.training.environment import let_all_come
+from sft.training.probe import Probe
+from sft.training.progress import Meter, ProgressLine, StopOnNonFinite
+from sft.training.resume import GoOn, finish_from, keep_rows, steps_left, take_up
+from sft.training.save import Companions, check_output_dir, lock_output_dir, set_aside
+from sft.training.trainer import Trainer, mean_loss
 
 
 def main(argv: list[str]) -> None:
@@ -74,8 +76,6 @@ def main(argv: list[str]) -> None:
     figures = examples.figures() | {"num_examples": len(examples), "num_eval_examples": len(evaluation or ())}
     keep_rows(training_args, examples, figures)
     if data_args.packing == "bin":
-        from packing import Bins
-
         examples = Bins(examples, data_args.max_seq_length, training_args.seed)
         figures |= {"num_bins": len(examples), "bin_fill": examples.fill}
         note(f"{figures['num_examples']} sequences in {len(examples)} bins, which are {examples.fill:.1%} full")

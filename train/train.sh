@@ -94,7 +94,7 @@ LORA=$(flag use_lora "$@")
 
 # 2. The machine.
 if given "$(flag use_cpu "$@")"; then GPUS=0
-else GPUS=$(PYTHONPATH=$HERE "$PYTHON" -c 'import os, node; print(node.number_of_gpus(dict(os.environ)))'); fi
+else GPUS=$(PYTHONPATH=$HERE "$PYTHON" -c 'import os; from sft.nodes.agent import number_of_gpus; print(number_of_gpus(dict(os.environ)))'); fi
 if [ "$GPUS" = None ]; then  # there are some
     [ -n "$HOST_GPU_NUM$NODE_IP_LIST${IP_LIST:-}" ] ||
         refuse "the number of GPUs is not known: nvidia-smi -L does not answer. Set HOST_GPU_NUM, or run: nvidia-smi -pm 1"
@@ -178,9 +178,10 @@ finish() {
     [ "$1" -ne 2 ] || { rm -f -- "$LOG"; rmdir -- "${MADE[@]}" || true; } 2>/dev/null
     exit "$1"
 }
-"$PYTHON" "$HERE/launch.py" --visit || finish $?  # hosts that ssh does not know: it asks, and reads the answer, here
+launch() { PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m sft.nodes.launch "$@"; }
+(launch --visit) || finish $?  # hosts that ssh does not know: it asks, and reads the answer, here
 set -m  # the training in a process group of its own, with SIGINT not ignored
-"$PYTHON" "$HERE/launch.py" --log "$LOG" "$HERE/train.py" "${FLAGS[@]}" "$@" &
+launch --log "$LOG" "$HERE/train.py" "${FLAGS[@]}" "$@" &
 TRAINING=$!
 for signal in INT TERM HUP; do trap "kill -$signal $TRAINING 2>/dev/null || true" $signal; done
 set +e

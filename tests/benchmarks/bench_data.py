@@ -60,7 +60,8 @@ def ours(file: Path, tokenizer_dir: str, workers: int) -> dict:
     import torch
     from transformers import AutoTokenizer
 
-    from data import Collator, Options, load_examples
+    from sft.data.batches import Collator
+    from sft.data.examples import Options, load_examples
 
     began = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=True)
@@ -83,7 +84,7 @@ def plan(rows: int, capacity: int) -> dict:
     """Bins of `capacity` tokens for as many rows as asked, of lengths spread like those of real conversations."""
     import numpy as np
 
-    from packing import plan_bins
+    from sft.data.batches import plan_bins
 
     lengths = np.random.default_rng(0).lognormal(5.5, 1.1, rows)
     lengths = np.clip(lengths, 8, capacity).astype(np.int32)

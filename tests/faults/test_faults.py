@@ -19,7 +19,7 @@ import pytest
 from hosts import SSH, SSH_PORT, TRAIN, Job
 
 pytestmark = pytest.mark.needs_hosts
-OTHER = "/other/python train.py launch.py --output_dir /other"
+OTHER = "/other/python train.py -m sft.nodes.launch --output_dir /other"
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,13 @@ class Bed:
     def rank(self, host):
         """The process of the rank there."""
         found = self.two[host].processes("train.py", str(self.out)).items()
-        (pid,) = (pid for pid, line in found if "launch.py" not in line)
+        (pid,) = (pid for pid, line in found if "sft.nodes.launch" not in line)
         return pid
 
     def left(self):
         """What is left of the job on each host: its scripts, its connections."""
         return [
-            {**host.processes(str(self.out)), **host.processes("node.py"), **host.processes("sshd:", "notty")}
+            {**host.processes(str(self.out)), **host.processes("agent.py"), **host.processes("sshd:", "notty")}
             for host in self.two
         ]
 
@@ -86,7 +86,7 @@ def kill(bed, job):
 
 
 def kill_launcher(bed, job):
-    os.kill(next(iter(bed.two[1].processes("node.py"))), signal.SIGKILL)
+    os.kill(next(iter(bed.two[1].processes("agent.py"))), signal.SIGKILL)
 
 
 def stop(bed, job):
@@ -105,7 +105,7 @@ def small_disk(bed):
 
 def other_code(bed):
     copy = shutil.copytree(TRAIN, bed.folder / "train", ignore=shutil.ignore_patterns("output", "__pycache__"))
-    with (copy / "data.py").open("a") as file:
+    with (copy / "sft" / "data" / "examples.py").open("a") as file:
         file.write("# changed\n")
     bed.on(1, f"mount --bind {copy} {TRAIN}", f"umount {TRAIN}")
 
@@ -159,7 +159,8 @@ BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
         other_code,
         {},
         2,
-        r"10\.77\.0\.2: other code than on the chief \(data\.py\); run: scp -p -P 36005 \S+/data\.py 10\.77\.0\.2:",
+        r"10\.77\.0\.2: other code than on the chief \(sft/data/examples\.py\); "
+        r"run: scp -p -P 36005 \S+/sft/data/examples\.py 10\.77\.0\.2:",
     ),
     "data missing on node 2": (no_data, {}, 2, r"10\.77\.0\.2: .*rows\.jsonl is missing; run: scp -p "),
     "wrong slots": (None, {"NODE_NUM": 5}, 2, r"NODE_NUM=5, but NODE_IP_LIST=\S+ there are 2 processes in all"),

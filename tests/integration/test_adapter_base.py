@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from weights import check_base, fingerprint
+from sft.model.weight_files import check_base, fingerprint
 
 CASES = [  # (kind of base, --model_code, code that is recorded, in every push)
     ("dense", "auto", "native", True),

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import TRAIN, run_command
 from mutations import mutated
-from rows import NEEDED
+from sft.data.rows import NEEDED
 
 SECRET = "the row's own text"
 GOOD = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": SECRET}]}).encode()
@@ -142,10 +142,10 @@ def test_10000_mutated_rows_are_trained_on_or_counted(example_rows, train, tmp_p
     assert 20 <= len(named) <= 40 and f"… {results['num_rows_skipped'] - 20} more" in run.stdout
 
 
-def test_data_py_prints_a_row_as_it_is_trained(example_tokenizer_dir, tmp_path):
+def test_show_rows_prints_a_row_as_it_is_trained(example_tokenizer_dir, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\n" + GOOD + b"\n{}\n")
-    command = ["python", str(TRAIN / "data.py"), "--model", str(example_tokenizer_dir), "--file", str(file)]
+    command = ["python", str(TRAIN / "show_rows.py"), "--model", str(example_tokenizer_dir), "--file", str(file)]
     run = run_command([*command, "--row", "2"])
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()

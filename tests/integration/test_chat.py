@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import chat
-from console import Refused
+from sft.messages import Refused
 
 TRAIN = Path(__file__).resolve().parents[2] / "train"
 TEMPLATE = (

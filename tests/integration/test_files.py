@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from weights import code_files, model_files
+from sft.model.weight_files import code_files, model_files
 
 LEFT = (".env", "backup.tar.gz", "checkpoint.md", "notes.py", "run.log", "sub/tokenizer.json", "tokenizer_backup.zip")
 NAMED = ".env, backup.tar.gz, checkpoint.md, notes.py, run.log, sub, tokenizer_backup.zip"
@@ -94,7 +94,7 @@ def test_trained_and_merged(mask, lora, base, example_rows, run_train, run_here,
 def test_another_directorys_tokenizer_wins_and_each_directory_is_named(
     base, example_tokenizer_dir, example_rows, run_here, tmp_path
 ):
-    from checkpoint import Companions
+    from sft.training.save import Companions
 
     other = shutil.copytree(example_tokenizer_dir, tmp_path / "tokenizer")
     (other / "tokenizer_config.json").write_text('{"other": 1}')

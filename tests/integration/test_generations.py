@@ -15,10 +15,10 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import reference
-from arguments import parse_arguments
 from conftest import TRAIN, run_command
-from model import load_model
-from weights import read_tensors
+from sft.arguments import parse_arguments
+from sft.model.load import load_model
+from sft.model.weight_files import read_tensors
 
 STEPS, RATE = 8, 1e-3
 COLUMNS = ("load", "ZeRO-2", "ZeRO-3", "alone", "resume", "LoRA attention", "LoRA experts", "LoRA shared", "merge")

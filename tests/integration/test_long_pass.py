@@ -10,12 +10,12 @@ from conftest import launch_command, run_command
 SLOW = """
 import sys, time
 sys.path.insert(0, {train!r})
-import data
-parse = data.parse_row
+from sft.data import examples
+parse = examples.parse_row
 def parse_row(line):
     time.sleep({pause})
     return parse(line)
-data.parse_row = parse_row
+examples.parse_row = parse_row
 import train
 try:
     train.main(sys.argv[1:])

@@ -11,10 +11,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import legacy_remote_code
 import reference
-from console import Refused
-from lora import add_adapter, kind_of
+from sft.messages import Refused
+from sft.model import remote_code_441
+from sft.model.lora import add_adapter, kind_of
 
 KINDS = ("dense", "moe", "hy_v3", "hy_v4", "remote_cla")
 # adapted modules by part of the model: of two layers, hy_v3's and hy_v4's first without experts, hy_v4 with other
@@ -33,7 +33,7 @@ CASES = [(target, kind, counts) for target, kinds in EXPECTED.items() for kind, 
 def load(directory):
     config = json.loads((directory / "config.json").read_text())
     if config["model_type"] == "hunyuan":
-        return legacy_remote_code.from_pretrained(str(directory), config, "remote", dtype=torch.float32)[0]
+        return remote_code_441.from_pretrained(str(directory), config, "remote", dtype=torch.float32)[0]
     return AutoModelForCausalLM.from_pretrained(directory)
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 import reference
-from router import moe_layers
+from sft.model.moe import moe_layers
 
 KINDS = ("moe", "hy_v3", "hy_v4", "remote", "remote_cla")
 

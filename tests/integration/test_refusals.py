@@ -4,6 +4,7 @@ traceback."""
 import errno
 import fcntl
 import os
+import shutil
 import sys
 import time
 import types
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
 from conftest import TRAIN, run_command
-from console import Refused
+from sft.messages import Refused
+from sft.training import save
 
 
 def good(model, rows, out):
@@ -89,19 +90,18 @@ def test_an_architecture_that_the_class_cannot_express(
 )
 def test_train_sh_refuses_before_it_starts_anything(env, flags, says, tmp_path):
     script = tmp_path / "train" / "train.sh"
-    script.parent.mkdir()
-    for name in ("train.sh", "node.py"):
-        (script.parent / name).write_bytes((TRAIN / name).read_bytes())
+    shutil.copytree(TRAIN, script.parent, ignore=shutil.ignore_patterns("output", "__pycache__"))
+    before = sorted(tmp_path.rglob("*"))
     run = run_command(["bash", str(script), *flags], env=env | {"PYTHONDONTWRITEBYTECODE": "1"}, cwd=tmp_path)
     assert run.returncode == 2 and says in run.stderr, run.stderr
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["node.py", "train", "train.sh"], "nothing is written"
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 
 
 def test_an_unknown_number_of_gpus_is_not_0(tmp_path):
     """T15: refused, unless it is given."""
-    (tmp_path / "train.sh").write_bytes((TRAIN / "train.sh").read_bytes())
-    (tmp_path / "node.py").write_text("def number_of_gpus(env):\n    return None\n")
-    command, env = ["bash", str(tmp_path / "train.sh")], {"MODEL_PATH": "m"}
+    train = shutil.copytree(TRAIN, tmp_path / "train", ignore=shutil.ignore_patterns("output", "__pycache__"))
+    (train / "sft" / "nodes" / "agent.py").write_text("def number_of_gpus(env):\n    return None\n")
+    command, env = ["bash", str(train / "train.sh")], {"MODEL_PATH": "m"}
     run = run_command(command, env=env)
     assert run.returncode == 2 and "nvidia-smi -pm 1" in run.stderr, run.stderr
     run = run_command(command, env=env | {"HOST_GPU_NUM": "2"})
@@ -151,20 +151,20 @@ def test_a_second_job_in_the_same_directory_is_refused(
 def test_without_locks_one_line_and_no_refusal(tmp_path, monkeypatch, capsys):
     """And a directory that cannot be written is refused where it would be made."""
     args = types.SimpleNamespace(output_dir=str(tmp_path / "a" / "b"), should_save=True, world_size=1)
-    checkpoint.lock_output_dir(args)
+    save.lock_output_dir(args)
     assert not (tmp_path / "a").exists(), "nothing is made before the run begins"
 
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
+    monkeypatch.setattr(save.fcntl, "flock", no_locks)
     for _ in range(2):
-        checkpoint.lock_output_dir(args, begin=True)
+        save.lock_output_dir(args, begin=True)
     assert capsys.readouterr().out.count("has no locks") == 1 and (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     args.output_dir = str(tmp_path / "file" / "out")
     with pytest.raises(Refused, match="cannot be written"):
-        checkpoint.lock_output_dir(args, begin=True)
+        save.lock_output_dir(args, begin=True)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-import legacy_remote_code
 import reference
 from conftest import make_model_dir
+from sft.model import remote_code_441
 
 KINDS = ("remote", "remote_cla")
 STEPS, RATE = 4, 1e-3
@@ -19,7 +19,7 @@ STEPS, RATE = 4, 1e-3
 
 def load(directory, model_code="auto", dtype=torch.float32):
     config = json.loads((directory / "config.json").read_text())
-    return legacy_remote_code.from_pretrained(str(directory), config, model_code, dtype=dtype)[0]
+    return remote_code_441.from_pretrained(str(directory), config, model_code, dtype=dtype)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +64,7 @@ def test_transformers_class_computes_the_same_where_nothing_is_dropped(model_dir
 )
 def test_which_models_transformers_classes_compute(change, why, model_dir, example_tokenizer_dir):
     config = json.loads((model_dir("remote", example_tokenizer_dir) / "config.json").read_text()) | change
-    found = legacy_remote_code.not_native(config)
+    found = remote_code_441.not_native(config)
     assert found is None if why is None else why in found
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import reference
-from router import load_balancing_loss, route_in_fp32
+from sft.model.moe import load_balancing_loss, route_in_fp32
 
 STEPS, RATE, COEFFICIENT = 4, 1e-3, 0.5
 ZERO = pytest.mark.needs_gxx

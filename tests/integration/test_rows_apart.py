@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
 from conftest import make_model_dir
-from data import IGNORE_INDEX, Collator, Options, load_examples
-from packing import Bins
+from sft.data.batches import Bins, Collator
+from sft.data.examples import IGNORE_INDEX, Options, load_examples
 
 KINDS = ("dense", "moe", "hy_v3", "hy_v4")
 SCALE = {"initializer_range": 0.2}  # so that every token matters

@@ -8,9 +8,9 @@ import types
 import pytest
 import transformers
 
-from arguments import parse_arguments
-from console import Refused
-from machine import join_the_others
+from sft.arguments import parse_arguments
+from sft.messages import Refused
+from sft.training.environment import join_the_others
 
 BASE = ["--output_dir", "out", "--use_cpu"]
 

@@ -14,12 +14,10 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-import cache
-import data
-import rows
 from conftest import EXAMPLE_TOKENIZER, TRAIN
-from console import Refused
-from data import Options, load_examples
+from sft.data import examples, rows, tokenized
+from sft.data.examples import Options, load_examples
+from sft.messages import Refused
 
 
 @pytest.fixture
@@ -36,13 +34,13 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def passes(monkeypatch):
     """The rows that were tokenized since it was last emptied."""
-    seen, encode = [], data.encode_rows
+    seen, encode = [], examples.encode_rows
 
     def counting(lines, **kwargs):
         seen.extend(lines)
         return encode(lines, **kwargs)
 
-    monkeypatch.setattr(data, "encode_rows", counting)
+    monkeypatch.setattr(examples, "encode_rows", counting)
     return seen
 
 
@@ -96,17 +94,17 @@ def test_a_second_start_tokenizes_nothing_and_a_change_does(tokenizer, folder, p
 def test_a_large_files_digest_is_kept_with_its_times(folder, tmp_path, monkeypatch):
     file = write(tmp_path / "rows.jsonl")
     folder.mkdir(parents=True)
-    digest = cache.content_digest(file, folder)
+    digest = tokenized.content_digest(file, folder)
     assert not (folder / "digests").exists(), "just written: it might change again within the clock's grain"
-    monkeypatch.setattr(cache, "RACY", -(10**18))
-    assert cache.content_digest(file, folder) == digest
-    monkeypatch.setattr(cache.hashlib, "file_digest", None)  # not read any more
-    assert cache.content_digest(file, folder) == digest
+    monkeypatch.setattr(tokenized, "RACY", -(10**18))
+    assert tokenized.content_digest(file, folder) == digest
+    monkeypatch.setattr(tokenized.hashlib, "file_digest", None)  # not read any more
+    assert tokenized.content_digest(file, folder) == digest
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_workers_change_nothing(suffix, tokenizer, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "CHUNK", 1000)
+    monkeypatch.setattr(tokenized, "CHUNK", 1000)
     file = write(tmp_path / f"rows.jsonl{suffix}", 500)
     with open(tmp_path / "bad.jsonl", "wb") as bad:
         bad.write(gzip.decompress(file.read_bytes()) if suffix else file.read_bytes())
@@ -141,21 +139,23 @@ def test_what_could_not_be_read_now_is_read_another_time(tokenizer, folder, tmp_
         patch.setattr(rows, "is_array", Mock(side_effect=OSError(5, "Input/output error")))
         load_examples([str(file)], tokenizer, Options())
     with monkeypatch.context() as patch, pytest.raises(Refused, match="Permission denied"):
-        patch.setattr(cache, "content_digest", Mock(side_effect=PermissionError(13, "Permission denied", str(file))))
+        patch.setattr(
+            tokenized, "content_digest", Mock(side_effect=PermissionError(13, "Permission denied", str(file)))
+        )
         load_examples([str(file)], tokenizer, Options())
     assert len(load_examples([str(file)], tokenizer, Options())) == 50
 
 
 def test_a_worker_that_is_killed_is_named(tokenizer, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "CHUNK", 100)
-    monkeypatch.setattr(cache, "begin_worker", lambda encode: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(tokenized, "CHUNK", 100)
+    monkeypatch.setattr(tokenized, "begin_worker", lambda encode: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(Refused, match="ended from outside: out of memory"):
         load_examples([str(write(tmp_path / "rows.jsonl"))], tokenizer, Options(), workers=2)
     assert not entries(folder)
 
 
 def test_what_was_left_behind_goes_after_a_day(tokenizer, folder, tmp_path):
-    for name, age in (("a.part-1", 0), ("b.part-1", 2 * cache.A_DAY)):
+    for name, age in (("a.part-1", 0), ("b.part-1", 2 * tokenized.A_DAY)):
         (folder / name).mkdir(parents=True)
         os.utime(folder / name, (time.time() - age,) * 2)
     load_examples([str(write(tmp_path / "rows.jsonl"))], tokenizer, Options())
@@ -165,18 +165,19 @@ def test_what_was_left_behind_goes_after_a_day(tokenizer, folder, tmp_path):
 PASS = """
 import sys, time
 sys.path.insert(0, {train!r})
-import cache, data
+from sft.data import tokenized
+from sft.data import examples
 from transformers import AutoTokenizer
-cache.CHUNK, slow = 1000, data.parse_row
+tokenized.CHUNK, slow = 1000, examples.parse_row
 parsed = []
 def parse_row(line):
     parsed.append(line)
     time.sleep({pause})
     return slow(line)
-data.parse_row = parse_row
+examples.parse_row = parse_row
 print("started", flush=True)
 tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
-examples = data.load_examples([{file!r}], tokenizer, data.Options(), workers={workers})
+examples = examples.load_examples([{file!r}], tokenizer, examples.Options(), workers={workers})
 print("rows", len(examples), "parsed", len(parsed), flush=True)
 """
 

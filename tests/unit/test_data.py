@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from chat_format import ChatFormat
-from console import Refused
-from data import IGNORE_INDEX, Collator, Filled, Options, load_examples
-from packing import Bins, plan_bins
-from rows import ALPACA, NEEDED, SHAREGPT
-from trainer import GroupedByLength
+from sft.data.batches import Bins, Collator, Filled, plan_bins
+from sft.data.chat_format import ChatFormat
+from sft.data.examples import IGNORE_INDEX, Options, load_examples
+from sft.data.rows import ALPACA, NEEDED, SHAREGPT
+from sft.messages import Refused
+from sft.training.trainer import GroupedByLength
 
 
 @pytest.fixture(scope="module")

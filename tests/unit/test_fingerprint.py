@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import TRAIN, fuse_experts, make_model_dir
-from console import Refused
-from legacy_remote_code import load_any
-from weights import check_base, fingerprint, same_tensor
+from sft.messages import Refused
+from sft.model.remote_code_441 import load_any
+from sft.model.weight_files import check_base, fingerprint, same_tensor
 
 CASES = [("dense", "native"), ("moe", "native"), ("hy_v3", "native"), ("remote", "native"), ("remote", "remote")]
 CASES += [pytest.param("hy_v4", "native", marks=pytest.mark.campaign)]
@@ -242,6 +242,6 @@ def test_without_base_json_the_name_is_compared(tmp_path, capsys, monkeypatch):
 def test_merge_imports_no_transformers_without_need(tmp_path):
     """Without base.json there is nothing that a class would have to be known for."""
     (tmp_path / "adapter_config.json").write_text("{}")
-    code = "import sys; from pathlib import Path; import merge_lora_weight as m; "
+    code = "import sys; from pathlib import Path; from sft.model import weight_files as m; "
     code += f"m.check_base(Path({str(tmp_path)!r}), Path('.'), False); sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=TRAIN).returncode == 0

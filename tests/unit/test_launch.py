@@ -10,11 +10,9 @@ import time
 
 import pytest
 
-import launch
-import node
-import ssh
-from console import Refused
 from hosts import TRAIN
+from sft.messages import Refused
+from sft.nodes import agent, launch, preflight
 
 
 @pytest.mark.parametrize(
@@ -32,7 +30,7 @@ from hosts import TRAIN
     ],
 )  # fmt: skip
 def test_nodes_and_their_ranks(env, expected):
-    assert [(node.host, node.slots, node.first_rank) for node in ssh.read_nodes(env)] == expected
+    assert [(node.host, node.slots, node.first_rank) for node in preflight.read_nodes(env)] == expected
 
 
 @pytest.mark.parametrize(
@@ -57,37 +55,39 @@ def test_nodes_and_their_ranks(env, expected):
 )
 def test_what_contradicts_itself_is_refused_with_both_values(env, says):
     with pytest.raises(Refused) as refusal:
-        ssh.read_nodes(env)
+        preflight.read_nodes(env)
     assert all(part in str(refusal.value) for part in says), refusal.value
 
 
 def test_the_values_of_a_flag():
     command = ["train.py", "--train_data_file", "a", "b c", "--x=1", "--output-dir", "o", "--x", "2", "--use_cpu"]
-    assert ssh.flag(command, "train_data_file") == ["a", "b c"]
-    assert ssh.flag(command, "output_dir") == ["o"] and ssh.flag(command, "x") == ["2"]
-    assert ssh.flag(command, "use_cpu") == [] and ssh.flag(command, "none") is None
-    assert ssh.is_on(command, "use_cpu") and ssh.is_on(command, "x") and not ssh.is_on(command, "none")
-    assert not ssh.is_on(["--use-cpu=False"], "use_cpu") and not ssh.is_on(["--use_cpu", "no"], "use_cpu")
+    assert preflight.flag(command, "train_data_file") == ["a", "b c"]
+    assert preflight.flag(command, "output_dir") == ["o"] and preflight.flag(command, "x") == ["2"]
+    assert preflight.flag(command, "use_cpu") == [] and preflight.flag(command, "none") is None
+    assert (
+        preflight.is_on(command, "use_cpu") and preflight.is_on(command, "x") and not preflight.is_on(command, "none")
+    )
+    assert not preflight.is_on(["--use-cpu=False"], "use_cpu") and not preflight.is_on(["--use_cpu", "no"], "use_cpu")
 
 
 def test_what_differs_is_named():
     assert (
-        ssh.differing({"torch": "2.13.0", "peft": "1"}, {"torch": "2.12.0", "peft": "1"})
+        preflight.differing({"torch": "2.13.0", "peft": "1"}, {"torch": "2.12.0", "peft": "1"})
         == "torch 2.12.0, here 2.13.0"
     )
     hashes = {f"{i}.py": "a" * 64 for i in range(6)}
-    assert ssh.differing(hashes, {}) == "0.py, 1.py, 2.py, 3.py and 2 more"
-    assert ssh.differing(hashes, hashes) == ""
+    assert preflight.differing(hashes, {}) == "0.py, 1.py, 2.py, 3.py and 2 more"
+    assert preflight.differing(hashes, hashes) == ""
 
 
 def test_sizes_of_files_globs_and_directories(tmp_path):
     (tmp_path / "a.jsonl").write_text("12")
     (tmp_path / "b.jsonl").write_text("123")
     (tmp_path / ".hidden").touch()
-    assert node.sizes(str(tmp_path)) == {"a.jsonl": 2, "b.jsonl": 3}
-    assert list(node.sizes(str(tmp_path / "*.jsonl")).values()) == [2, 3]
-    assert node.sizes(str(tmp_path / "a.jsonl")) == {str(tmp_path / "a.jsonl"): 2}
-    assert node.sizes(str(tmp_path / "c.jsonl")) is None
+    assert agent.sizes(str(tmp_path)) == {"a.jsonl": 2, "b.jsonl": 3}
+    assert list(agent.sizes(str(tmp_path / "*.jsonl")).values()) == [2, 3]
+    assert agent.sizes(str(tmp_path / "a.jsonl")) == {str(tmp_path / "a.jsonl"): 2}
+    assert agent.sizes(str(tmp_path / "c.jsonl")) is None
 
 
 def test_lines_of_several_nodes_do_not_run_into_one_another(monkeypatch):
@@ -124,8 +124,8 @@ def nvidia_smi(tmp_path, monkeypatch):
             (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
             (folder / "nvidia-smi").chmod(0o755)
         (tmp_path / "nvidia0").touch()
-        monkeypatch.setattr(node, "GPU_DEVICES", str(tmp_path / ("nvidia[0-9]*" if devices else "none*")))
-        monkeypatch.setattr(node, "GPU_SECONDS", 0.5)
+        monkeypatch.setattr(agent, "GPU_DEVICES", str(tmp_path / ("nvidia[0-9]*" if devices else "none*")))
+        monkeypatch.setattr(agent, "GPU_SECONDS", 0.5)
         monkeypatch.setenv("PATH", str(folder))
         return folder
 
@@ -156,40 +156,41 @@ def nvidia_smi(tmp_path, monkeypatch):
 )
 def test_unknown_gpus_are_not_none(script, devices, visible, expected, nvidia_smi):
     nvidia_smi(script, devices)
-    assert node.number_of_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
+    assert agent.number_of_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
 
 
 @pytest.mark.parametrize("env", [{}, {"NODE_IP_LIST": "a:8,b"}, {"NODE_IP_LIST": "a,b"}])
 def test_unknown_gpus_are_refused_where_their_number_is_needed(env, nvidia_smi):
     nvidia_smi("exit 9", devices=True)
     with pytest.raises(Refused) as refusal:
-        ssh.read_nodes(env)
+        preflight.read_nodes(env)
     said = str(refusal.value)
     assert all(part in said for part in ("nvidia-smi -L", "60 s", "nvidia-smi -pm 1", "HOST_GPU_NUM", "ip:slots")), (
         said
     )
-    assert sum(node.slots for node in ssh.read_nodes(env | {"HOST_GPU_NUM": "8"})) in (8, 16)
+    assert sum(node.slots for node in preflight.read_nodes(env | {"HOST_GPU_NUM": "8"})) in (8, 16)
 
 
 @pytest.mark.parametrize("env", [{"HOST_GPU_NUM": "2"}, {"NODE_IP_LIST": "a:8,b:8"}])
 def test_nvidia_smi_is_asked_only_where_it_is_needed(env, monkeypatch):
-    monkeypatch.setattr(ssh, "number_of_gpus", lambda env: pytest.fail("asked"))
-    ssh.read_nodes(env)
+    monkeypatch.setattr(preflight, "number_of_gpus", lambda env: pytest.fail("asked"))
+    preflight.read_nodes(env)
 
 
 def test_a_node_whose_gpus_are_unknown_is_named():
     facts = {"cwd": True, "code": {}, "versions": {}, "paths": {}, "lacks": [], "gpus": None, "shm": 1 << 40}
     facts |= {"interface": "eth0", "interfaces": ["eth0"], "reach": None, "output": None}
-    chief, other = ssh.Node("a", 8, facts=facts | {"gpus": 8}), ssh.Node("b", 8, 1, facts=facts)
-    said = ssh.problem_of(other, chief, 29500, "train", gpus=True)
+    chief, other = preflight.Node("a", 8, facts=facts | {"gpus": 8}), preflight.Node("b", 8, 1, facts=facts)
+    said = preflight.problem_of(other, chief, 29500, "train", gpus=True)
     assert "nvidia-smi -L" in said and "run there: nvidia-smi -pm 1" in said
-    assert ssh.problem_of(other, chief, 29500, "train", gpus=False) is None
-    assert ssh.problem_of(chief, chief, 29500, "train", gpus=True) is None
+    assert preflight.problem_of(other, chief, 29500, "train", gpus=False) is None
+    assert preflight.problem_of(chief, chief, 29500, "train", gpus=True) is None
 
 
-def test_node_py_starts_at_once_and_alone():
+def test_the_agent_starts_at_once_and_alone():
     """train.sh asks it for the number of GPUs before anything is installed."""
-    check = "import sys; sys.path.append('.'); import node; print(node.number_of_gpus({'CUDA_VISIBLE_DEVICES': ''}))"
+    check = "import sys; sys.path.append('.'); from sft.nodes.agent import number_of_gpus; "
+    check += "print(number_of_gpus({'CUDA_VISIBLE_DEVICES': ''}))"
     began = time.monotonic()  # -S: without site-packages
     done = subprocess.run([sys.executable, "-SIc", check], cwd=TRAIN, text=True, capture_output=True)
     assert done.stdout == "0\n" and time.monotonic() - began < 5, done.stderr
@@ -217,13 +218,13 @@ def test_forward_takes_names_of_variables_that_are_set(value):
 
 @pytest.fixture
 def talk():
-    """A node.py on this machine: (its Node, inbox, `ask(what, **message)`: send and wait for the answer)."""
-    one, inbox = ssh.Node("localhost", 1), queue.Queue()
-    ssh.connect(one, inbox)
+    """An agent.py on this machine: (its Node, inbox, `ask(what, **message)`: send and wait for the answer)."""
+    one, inbox = preflight.Node("localhost", 1), queue.Queue()
+    preflight.connect(one, inbox)
 
     def ask(what, **message):
         one.send(**message)
-        ssh.wait_for([one], inbox, what, time.monotonic() + 60)
+        preflight.wait_for([one], inbox, what, time.monotonic() + 60)
         return one.facts
 
     yield one, inbox, ask
@@ -239,7 +240,7 @@ def wanted(output, **env):
 
 def test_a_node_that_examines_itself_goes_on_beating(talk, nvidia_smi, tmp_path, monkeypatch):
     """Longer than a node may be silent."""
-    monkeypatch.setattr(ssh, "EXAMINE_SECONDS", 3)
+    monkeypatch.setattr(preflight, "EXAMINE_SECONDS", 3)
     folder = nvidia_smi(f"/bin/sleep 5; {TWO}")
     began = time.monotonic()
     facts = talk[2]("examined", examine=wanted(tmp_path / "out", PATH=str(folder)))
@@ -249,11 +250,11 @@ def test_a_node_that_examines_itself_goes_on_beating(talk, nvidia_smi, tmp_path,
 def test_a_node_that_is_silent_is_not_waited_for(talk, monkeypatch):
     one, inbox, ask = talk
     assert "beat" in inbox.get(timeout=20)[1]
-    monkeypatch.setattr(ssh, "EXAMINE_SECONDS", 2.5)
+    monkeypatch.setattr(preflight, "EXAMINE_SECONDS", 2.5)
     one.process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     assert not ask("examined", examine=wanted("out"))
-    assert time.monotonic() - began < 5 and "no answer within 2.5 s" in ssh.why_no_answer(one)
+    assert time.monotonic() - began < 5 and "no answer within 2.5 s" in preflight.why_no_answer(one)
 
 
 def test_what_cannot_be_examined_is_told(talk):
@@ -328,8 +329,8 @@ time.sleep(60 if sys.argv[1] == "none" else 3)
 def run(tmp_path, fails, rank="1", slots=2, **env):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(fails=fails), encoding="utf-8")
-    env = os.environ | {"HOST_GPU_NUM": str(slots)} | env
-    command = [sys.executable, TRAIN / "launch.py", script, rank]
+    env = os.environ | {"HOST_GPU_NUM": str(slots), "PYTHONPATH": str(TRAIN)} | env
+    command = [sys.executable, "-m", "sft.nodes.launch", script, rank]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -368,31 +369,35 @@ def test_an_ssh_session_is_ended_only_while_it_is_our_parent(monkeypatch):
     ended = []
     monkeypatch.setattr(os, "kill", lambda pid, number: ended.append(pid))
     monkeypatch.setattr("builtins.open", lambda path: io.StringIO("sshd-session\n"))
-    node.hang_up(os.getppid() + 1)
+    agent.hang_up(os.getppid() + 1)
     assert not ended
-    node.hang_up(os.getppid())
+    agent.hang_up(os.getppid())
     assert ended == [os.getppid()]
 
 
 def test_without_ssh_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(ssh.shutil, "which", lambda name: None)
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
     with pytest.raises(Refused, match="apt-get install openssh-client"):
-        ssh.visit(ssh.read_nodes({"NODE_IP_LIST": "a:1,b:1"}))
+        preflight.visit(preflight.read_nodes({"NODE_IP_LIST": "a:1,b:1"}))
 
 
 def test_the_command_that_mends_copies_what_differs(tmp_path, monkeypatch):
     monkeypatch.setenv("SSH_PORT", "36005")
     for name in ("a 1.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("12")
-    here = node.sizes(str(tmp_path))
-    everything = ssh.copy(str(tmp_path), here, None, "n2")
+    here = agent.sizes(str(tmp_path))
+    everything = preflight.copy(str(tmp_path), here, None, "n2")
     assert everything == f"scp -rp -P 36005 {tmp_path} n2:{tmp_path.parent}/"
     assert (
-        ssh.copy(str(tmp_path), here, {"b.jsonl": 2}, "n2") == f"scp -p -P 36005 '{tmp_path}/a 1.jsonl' n2:{tmp_path}/"
+        preflight.copy(str(tmp_path), here, {"b.jsonl": 2}, "n2")
+        == f"scp -p -P 36005 '{tmp_path}/a 1.jsonl' n2:{tmp_path}/"
     )
     pattern = str(tmp_path / "*.jsonl")
     both = f"'{tmp_path}/a 1.jsonl' {tmp_path}/b.jsonl"
-    assert ssh.copy(pattern, node.sizes(pattern), None, "fe80::1") == f"scp -p -P 36005 {both} [fe80::1]:{tmp_path}/"
+    assert (
+        preflight.copy(pattern, agent.sizes(pattern), None, "fe80::1")
+        == f"scp -p -P 36005 {both} [fe80::1]:{tmp_path}/"
+    )
 
 
 def test_a_run_that_ends_well_ends_with_0(tmp_path):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import fuse_experts
+from sft import messages
 
 TRAIN = Path(__file__).resolve().parents[2] / "train"
 SCRIPT = TRAIN / "merge_lora_weight.py"
@@ -269,27 +270,25 @@ def test_a_shard_above_max_shard_size_is_split(source, pair, merge, tmp_path):
     assert (logits(base, adapter) - logits(tmp_path / "out")).abs().max() < 0.1  # loads; the rest is bf16 rounding
 
 
-def test_unset_paths_are_chosen_and_printed(pair, merge, tmp_path):
+def test_unset_paths_are_chosen_and_printed(pair, merge, tmp_path, monkeypatch):
     base, adapter = pair
-    train = tmp_path / "train"
-    train.mkdir()
-    script = Path(shutil.copy(SCRIPT, train))
-    code, _, err = merge(script=script)
+    output = tmp_path / "output"
+    monkeypatch.setattr(messages, "OUTPUT_ROOT", output)
+    code, _, err = merge()
     assert (code, "no adapter under" in err, "--adapter_model_path" in err) == (2, True, True)
-    output = train / "output"
     runs = ("killed.tmp-1", "b/checkpoint-10-x", "b/checkpoint-10", "b/checkpoint-9", "c", "a")  # newest first
     for age, name in enumerate(runs):
         shutil.copytree(adapter, output / name)
         os.utime(output / name / "adapter_model.safetensors", (1e9 - age, 1e9 - age))
     shutil.copytree(base, output / "example")
-    code, out, err = merge(script=script)
+    code, out, err = merge()
     assert code == 0, err
     assert f"adapter_model_path = {output}/b/checkpoint-10 (newest under train/output)" in out
     assert f"base_model_path = {base} (named by adapter_config.json)" in out
     assert f"output_path = {output}/b/checkpoint-10-merged (<adapter>-merged)" in out
     shutil.copytree(adapter, output / "b", dirs_exist_ok=True)  # its top counts before its checkpoints
     os.utime(output / "b" / "adapter_model.safetensors", (1, 1))
-    code, out, err = merge(script=script)
+    code, out, err = merge()
     assert f"adapter_model_path = {output}/c (newest under train/output)" in out
     assert f"output_path = {output}/c-merged (<adapter>-merged)" in out
     assert code == 0, err

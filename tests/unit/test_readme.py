@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from arguments import DataArguments, ModelArguments, TrainingArguments
 from conftest import REPO
+from sft.arguments import DataArguments, ModelArguments, TrainingArguments
 
 TEXTS = {name: (REPO / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md")}
 OURS = {f.name for cls in (ModelArguments, DataArguments) for f in dataclasses.fields(cls)}

@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 
-import rows
-from chat_format import ChatFormat
-from console import Refused
-from data import Options, encode_rows
 from mutations import mutated
-from rows import ALPACA, ARRAY, NEEDED, SHAREGPT, BadRow, Report, data_files, parse_row, read_lines
+from sft.data import rows
+from sft.data.chat_format import ChatFormat
+from sft.data.examples import Options, encode_rows
+from sft.data.rows import ALPACA, ARRAY, NEEDED, SHAREGPT, BadRow, Report, data_files, parse_row, read_lines
+from sft.messages import Refused
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from checkpoint import as_stored
-from weights import names_in_model
+from sft.model.weight_files import names_in_model
+from sft.training.save import as_stored
 
 SIZES = {
     "vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

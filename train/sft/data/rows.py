@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from console import Refused
+from sft.messages import Refused
 
 MAX_LINE = 16 * 2**20  # bytes
 MAX_DEPTH = 100  # objects and arrays inside one another

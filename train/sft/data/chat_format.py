@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, PythonBackend, TokenizersBackend
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from rows import THINKING, BadRow
+from sft.data.rows import THINKING, BadRow
 
 SOME_TIME = datetime(2025, 1, 1, tzinfo=UTC)  # what a template that prints the time gets where a row has none
 

@@ -1,7 +1,4 @@
-"""Rows → supervised token sequences → batches. Knows neither the model nor DeepSpeed.
-
-    python data.py --model DIR --file rows.jsonl            # lengths, and what share of the tokens is supervised
-    python data.py --model DIR --file rows.jsonl --row 12   # line 12 as it will be trained, token by token
+"""Rows → supervised token sequences. Knows neither the model nor DeepSpeed.
 
 A row is `{"messages": [{"role": …, "content": …}, …]}`, rendered by the tokenizer's own chat template. The loss is on
 what the assistant says and on the token that ends its turn, nothing else (chat_format.py finds it).
@@ -11,19 +8,17 @@ Refused (exit code 2): what rows.py refuses, and with `file:line` what it and ch
 
 import functools
 import hashlib
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from chat_format import WARNINGS, ChatFormat
-from console import Refused, note
-from rows import ALPACA, NEEDED, SHAREGPT, SHOWN, BadRow, Report, data_files, parse_row
+from sft.data.chat_format import WARNINGS, ChatFormat
+from sft.data.rows import ALPACA, NEEDED, SHAREGPT, SHOWN, BadRow, Report, data_files, parse_row
+from sft.messages import Refused, note
 
 IGNORE_INDEX = -100  # the label of a token that is not supervised
 
@@ -189,7 +184,7 @@ def load_examples(
     """
     import datasets
 
-    from cache import fingerprint, tokenized, workers_for
+    from sft.data.tokenized import fingerprint, tokenized, workers_for
 
     chat, parts, report = ChatFormat(tokenizer), [], Report()
     print_tokenizer, encode = fingerprint(tokenizer), functools.partial(encode_rows, chat=chat, options=options)
@@ -242,69 +237,3 @@ def say(report: Report, named: dict[str, list[str]], options: Options, bad_rows:
     for kind, text in WARNINGS.items():
         if counts[kind]:
             note(f"warning: {counts[kind]} {text}")
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
-
-
-@dataclass
-class Filled(torch.utils.data.Dataset):
-    """Examples filled up to a multiple of `multiple` with ones that have no supervised token: every rank then has as
-    many whole batches, and no example is taken twice."""
-
-    examples: Examples
-    multiple: int
-
-    def __len__(self) -> int:
-        return -(-len(self.examples) // self.multiple) * self.multiple
-
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        if i < len(self.examples):
-            return self.examples[i]
-        ids = self.examples[0]["input_ids"][:2]
-        return {"input_ids": ids, "labels": np.full_like(ids, IGNORE_INDEX)}
-
-
-@dataclass
-class Collator:
-    """Sequences, or bins of them → one batch, padded to its longest or laid end to end.
-
-    With `supervised_head` the model computes logits at the supervised positions alone: `logits_to_keep` is the boolean
-    mask (batch, length) of positions whose next token is supervised, `labels` and `shift_labels` (supervised,) are
-    those next tokens. Without it `labels` is (batch, length), for a model that shifts them itself.
-    """
-
-    pad_token_id: int
-    packing: str = "none"
-    supervised_head: bool = True
-
-    def __call__(self, sequences: list[dict[str, np.ndarray]] | list[list[dict]]) -> dict[str, torch.Tensor]:
-        if isinstance(sequences[0], list):
-            sequences = [sequence for one_bin in sequences for sequence in one_bin]
-        ids = [torch.as_tensor(s["input_ids"], dtype=torch.long) for s in sequences]
-        labels = [torch.tensor(s["labels"], dtype=torch.long) for s in sequences]
-        for row in labels:
-            row[0] = IGNORE_INDEX  # nothing comes before it that could predict it
-        if self.packing == "none":
-            batch = {
-                "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-                "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-            }
-        else:  # positions that restart keep the rows apart, but only without an attention mask
-            batch = {
-                "input_ids": torch.cat(ids)[None],
-                "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],
-                "labels": torch.cat(labels)[None],
-            }
-        if self.supervised_head:
-            targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-            batch["logits_to_keep"] = targets != IGNORE_INDEX
-            batch["labels"] = batch["shift_labels"] = targets[batch["logits_to_keep"]]
-        return batch
-
-
-if __name__ == "__main__":
-    from show_rows import main
-
-    main(sys.argv[1:])

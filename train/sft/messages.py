@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # of train.sh
 NOTHING_SAVED = "Nothing new is saved yet: start the same command again"
 
 

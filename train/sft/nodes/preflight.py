@@ -1,6 +1,6 @@
 """The other machines of a job: who takes part, how they are reached, whether they are ready.
 
-`NODE_IP_LIST=ip:slots,…` names them, ssh reaches them, from the chief to them alone, and node.py examines each before
+`NODE_IP_LIST=ip:slots,…` names them, ssh reaches them, from the chief to them alone, and agent.py examines each before
 anything is loaded. Refused (exit code 2): variables that contradict one another, with both values; an entry that is no
 host; a host whose key ssh does not know where nobody can answer its question; nodes that are not ready, a line each,
 with the reason and what mends it. Nothing here switches host key checking off. Standard library only.
@@ -22,15 +22,17 @@ from dataclasses import dataclass, field
 from json import dumps, loads
 from pathlib import Path
 
-from console import Refused
-from node import GPU_SECONDS, die_with_parent, number_of_gpus
+from sft.messages import Refused
+from sft.nodes.agent import GPU_SECONDS, number_of_gpus
+from sft.processes import die_with_parent
 
-HERE = Path(__file__).resolve().parent
+AGENT = Path(__file__).with_name("agent.py")
+REQUIREMENTS = Path(__file__).resolve().parents[3] / "requirements.txt"
 COMPARED = ("model_name_or_path", "tokenizer_name_or_path", "train_data_file", "eval_data_file", "deepspeed")
 EXAMINE_SECONDS = 12  # without a sign of a node while it examines itself
 LONGEST_SECONDS = 75  # until it has done so: nvidia-smi may take a minute
 SHM_BYTES = 1 << 30
-BOOTSTRAP = "import sys; exec(compile(sys.stdin.buffer.read(int(sys.argv[1])), 'node.py', 'exec'))"
+BOOTSTRAP = "import sys; exec(compile(sys.stdin.buffer.read(int(sys.argv[1])), 'agent.py', 'exec'))"
 NO_ANSWER = f"nvidia-smi -L fails or takes more than {GPU_SECONDS} s"
 
 
@@ -54,7 +56,7 @@ class Node:
     threads: list[threading.Thread] = field(default_factory=list)
 
     def send(self, **message) -> None:
-        """Say something to node.py there; in vain where the connection is gone. Never waits."""
+        """Say something to agent.py there; in vain where the connection is gone. Never waits."""
         self.outbox.put(dumps(message).encode() + b"\n")
 
     def hang_up(self) -> None:
@@ -208,9 +210,9 @@ def visit(nodes: list[Node]) -> None:
 
 
 def connect(node: Node, inbox: queue.Queue) -> None:
-    """Start node.py there. Each of its messages goes into the inbox as (node, message), (node, None) at the end."""
-    source = (HERE / "node.py").read_bytes()
-    command = [sys.executable, str(HERE / "node.py")]
+    """Start agent.py there. Each of its messages goes into the inbox as (node, message), (node, None) at the end."""
+    source = AGENT.read_bytes()
+    command = [sys.executable, str(AGENT)]
     if node.number > 0:
         there = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(BOOTSTRAP)} {len(source)}"
         alive = ("ServerAliveInterval=5", "ServerAliveCountMax=4", "BatchMode=yes", "ControlMaster=no")
@@ -362,7 +364,7 @@ def problem_of(node: Node, chief: Node, port: int, code: str, gpus: bool) -> str
         mends = [f"{by_hand(node.host)} rm {shlex.join(extra)}"] if extra else mends
         return f"other code than on the chief ({differ}); run: {mends[0]}"
     if differ := differing(here["versions"], facts["versions"]):
-        fix = f"{sys.executable} -m pip install -r {HERE.parent}/requirements.txt"
+        fix = f"{sys.executable} -m pip install -r {REQUIREMENTS}"
         return f"other versions than on the chief ({differ}); run there: {fix}"
     for path, files in here["paths"].items():
         there = facts["paths"][path]
@@ -406,9 +408,12 @@ def copy(path: str, here: dict, there: dict | None, host: str) -> str:
         options, files = "-rp", [path]
     else:
         options, files = "-p", [os.path.join(path, name) if os.path.isdir(path) else name for name in files]
-    files = [os.path.abspath(file) for file in files]
-    where = f"[{host}]" if ":" in host else host
-    return f"scp {options} {port}{shlex.join(files)} {where}:{shlex.quote(os.path.dirname(files[0]) + '/')}"
+    where, folders = f"[{host}]" if ":" in host else host, {}
+    for file in map(os.path.abspath, files):
+        folders.setdefault(os.path.dirname(file) + "/", []).append(file)
+    return " && ".join(
+        f"scp {options} {port}{shlex.join(inside)} {where}:{shlex.quote(folder)}" for folder, inside in folders.items()
+    )
 
 
 def why_no_answer(node: Node) -> str:

@@ -10,7 +10,7 @@ from accelerate.utils import reduce
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from weights import is_transformers_own
+from sft.model.weight_files import is_transformers_own
 
 
 def moe_layers(model: nn.Module) -> dict[str, nn.Module]:

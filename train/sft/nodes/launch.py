@@ -1,10 +1,10 @@
 """Start a job on this machine or on many, watch it, and end as the training ends.
 
-    python launch.py [--log FILE] train.py --flag value …     HOST_GPU_NUM processes here, or NODE_IP_LIST=ip:slots,…
-    python launch.py --visit                                  let ssh ask about hosts that it does not know yet
+    python -m sft.nodes.launch [--log FILE] train.py --flag value …   HOST_GPU_NUM processes here, or NODE_IP_LIST=…
+    python -m sft.nodes.launch --visit                                let ssh ask about hosts that it does not know yet
 
-train.sh runs both. With NODE_IP_LIST the nodes are examined all at once (ssh.py), started, watched by a beat in both
-directions (node.py), and ended together. The README says why this is neither torchrun nor DeepSpeed's launcher.
+train.sh runs both. With NODE_IP_LIST the nodes are examined all at once (preflight.py), started, watched by a beat in
+both directions (agent.py), and ended together. The README says why this is neither torchrun nor DeepSpeed's launcher.
 
 The exit code is that of the first process that failed (128 + n where signal n killed it), and 1 where a node or its
 network is lost. Standard library only: it starts at once.
@@ -15,7 +15,6 @@ import os
 import queue
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,9 +22,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from console import Refused
-from node import BEAT_SECONDS, KILL_SECONDS, SILENCE_SECONDS, die_with_parent
-from ssh import Node, connect, examine, flag, is_on, number_from, read_nodes, visit
+from sft.messages import Refused
+from sft.nodes.agent import BEAT_SECONDS, KILL_SECONDS, SILENCE_SECONDS
+from sft.nodes.preflight import Node, connect, examine, flag, is_on, number_from, read_nodes, visit
+from sft.processes import die_with_parent, free_port
 
 FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_", "CUDA_", "DS_", "WANDB_", "PYTORCH_", "TRANSFORMERS_", "TQDM_")
 FORWARDED += ("SHARP_", "SWANLAB_", "TRACKIO_", "MLFLOW_", "MODELSCOPE_", "TORCHINDUCTOR_", "TOKENIZERS_", "TRITON_")
@@ -43,13 +43,6 @@ def forwarded(env: dict[str, str]) -> dict[str, str]:
             raise Refused(f"FORWARD: {bare!r} is not the bare name of a variable that is set; export it")
     names = {name for name in env if name.startswith(FORWARDED) or name.lower().endswith("_proxy")}
     return {name: env[name] for name in env if name in names.union(SEARCHED, further)}
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ watch
@@ -155,7 +148,7 @@ class Watch:
         self.failures.append(Failure(f"node {node.host}: {why}", code=1, weight=2))
 
     def handle(self, node: Node, message: dict | None) -> None:
-        """One message of a node, as node.py lists them; None: its connection has ended."""
+        """One message of a node, as agent.py lists them; None: its connection has ended."""
         node.heard = time.monotonic()
         if message is None:
             if not node.done:

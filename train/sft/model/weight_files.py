@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from console import Refused, note, read_json
+from sft.messages import Refused, note, read_json
 
 INDEX = "model.safetensors.index.json"
 # Unexpected, and no harm: a tied head may stand in the file as well (ZeRO-2 writes it), and old files hold the rotary
@@ -155,7 +155,7 @@ def fingerprint(base: Path, code: str) -> dict[str, list] | None:
     files, shapes = {name: [name] for name in names}, {name: tensors[name].shape for name in names}
     tied = ["lm_head.weight"] if config.get("tie_word_embeddings") else []
     if code == "native":
-        from legacy_remote_code import native_class
+        from sft.model.remote_code_441 import native_class
 
         model = on_meta(*native_class(base, config))
         files, tied = names_in_model(model, names), model.all_tied_weights_keys

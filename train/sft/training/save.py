@@ -20,8 +20,8 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.core_model_loading import revert_weight_conversion
 
-from console import Refused, note, read_json
-from weights import CORRECTION_BIAS, apply_umask, model_files, open_tensors, read_tensors, some
+from sft.messages import Refused, note, read_json
+from sft.model.weight_files import CORRECTION_BIAS, apply_umask, model_files, open_tensors, read_tensors, some
 
 RUN_FILES = ("checkpoint-*", "*.safetensors*", "config.json", "adapter_config.json", "train*_results.json")
 RUN_FILES += ("trainer_state.json", "base.json")

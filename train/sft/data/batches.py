@@ -1,14 +1,75 @@
-"""Rows into bins of at most `capacity` tokens, as full as they get: `--packing bin`.
+"""Sequences → batches: padded, laid end to end, or in bins of at most `capacity` tokens, as full as they get.
 
-Best fit, longest first (Johnson 1973: at most 11/9 of the fewest bins, and nearly all full where there are short
-rows). Rows of one length and bins with one space left are handled together, so that the plan takes as many steps as
-there are pairs of them, whatever the number of rows.
+`--packing bin` is best fit, longest first (Johnson 1973: at most 11/9 of the fewest bins, and nearly all full where
+there are short rows). Rows of one length and bins with one space left are handled together, so that the plan takes as
+many steps as there are pairs of them, whatever the number of rows.
 """
 
 import bisect
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from sft.data.examples import IGNORE_INDEX, Examples
+
+
+@dataclass
+class Filled(torch.utils.data.Dataset):
+    """Examples filled up to a multiple of `multiple` with ones that have no supervised token: every rank then has as
+    many whole batches, and no example is taken twice."""
+
+    examples: Examples
+    multiple: int
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // self.multiple) * self.multiple
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        if i < len(self.examples):
+            return self.examples[i]
+        ids = self.examples[0]["input_ids"][:2]
+        return {"input_ids": ids, "labels": np.full_like(ids, IGNORE_INDEX)}
+
+
+@dataclass
+class Collator:
+    """Sequences, or bins of them → one batch, padded to its longest or laid end to end.
+
+    With `supervised_head` the model computes logits at the supervised positions alone: `logits_to_keep` is the boolean
+    mask (batch, length) of positions whose next token is supervised, `labels` and `shift_labels` (supervised,) are
+    those next tokens. Without it `labels` is (batch, length), for a model that shifts them itself.
+    """
+
+    pad_token_id: int
+    packing: str = "none"
+    supervised_head: bool = True
+
+    def __call__(self, sequences: list[dict[str, np.ndarray]] | list[list[dict]]) -> dict[str, torch.Tensor]:
+        if isinstance(sequences[0], list):
+            sequences = [sequence for one_bin in sequences for sequence in one_bin]
+        ids = [torch.as_tensor(s["input_ids"], dtype=torch.long) for s in sequences]
+        labels = [torch.tensor(s["labels"], dtype=torch.long) for s in sequences]
+        for row in labels:
+            row[0] = IGNORE_INDEX  # nothing comes before it that could predict it
+        if self.packing == "none":
+            batch = {
+                "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+                "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            }
+        else:  # positions that restart keep the rows apart, but only without an attention mask
+            batch = {
+                "input_ids": torch.cat(ids)[None],
+                "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],
+                "labels": torch.cat(labels)[None],
+            }
+        if self.supervised_head:
+            targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+            batch["logits_to_keep"] = targets != IGNORE_INDEX
+            batch["labels"] = batch["shift_labels"] = targets[batch["logits_to_keep"]]
+        return batch
 
 
 def plan_bins(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,11 +21,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from arguments import ModelArguments, TrainingArguments
-from cache import fingerprint
-from console import Refused, choice, note, read_json
-from router import moe_layers, route_in_fp32
-from weights import check_whole, is_transformers_own, read_tensors, some
+from sft.arguments import ModelArguments, TrainingArguments
+from sft.data.tokenized import fingerprint
+from sft.messages import Refused, choice, note, read_json
+from sft.model.moe import moe_layers, route_in_fp32
+from sft.model.weight_files import check_whole, is_transformers_own, read_tensors, some
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 ROWS_RUN_TOGETHER = (
@@ -60,7 +60,7 @@ def check_directory(args: ModelArguments, packing: str = "none") -> None:
             raise Refused(
                 "neither --model_name_or_path nor --tokenizer_name_or_path is given: one of them brings the tokenizer"
             )
-        from from_scratch import check_architecture
+        from sft.model.from_flags import check_architecture
 
         check_architecture(args)
         check_tokenizer_directory(args)
@@ -81,7 +81,7 @@ def check_directory(args: ModelArguments, packing: str = "none") -> None:
         read_tensors(directory)
     own = "AutoModelForCausalLM" in (config.get("auto_map") or {}) and trusts(args)
     if own:
-        from legacy_remote_code import brings_old_code, check_code, runs_own_code
+        from sft.model.remote_code_441 import brings_old_code, check_code, runs_own_code
 
         if brings_old_code(config):
             check_code(directory, config["auto_map"])
@@ -99,7 +99,7 @@ def check_tokenizer_directory(args: ModelArguments) -> None:
 
 def legacy_config(args: ModelArguments) -> dict | None:
     """The config.json of a directory of the 4.41 era, with code of its own, or None for any other."""
-    from legacy_remote_code import brings_old_code
+    from sft.model.remote_code_441 import brings_old_code
 
     if not trusts(args):
         return None
@@ -157,7 +157,7 @@ def load_model(
     if args.use_flash_attn:
         check_flash_attention(training)
     if args.model_name_or_path is None:
-        from from_scratch import build_model
+        from sft.model.from_flags import build_model
 
         dtype = load_dtype(args, training)
         model = build_model(args, tokenizer, dtype=dtype, attn_implementation=attention)
@@ -168,7 +168,7 @@ def load_model(
         options |= {"ignore_mismatched_sizes": True}  # they are refused, with their names
         try:
             if config := legacy_config(args):
-                from legacy_remote_code import from_pretrained
+                from sft.model.remote_code_441 import from_pretrained
 
                 model, info = from_pretrained(path, config, args.model_code, **options)
             else:
@@ -193,7 +193,7 @@ def load_model(
     why = "the model's default" if model._supports_sdpa else "this class has no other"
     choice("attention", model.config._attn_implementation, "--use_flash_attn" if attention else why)
     if args.use_lora:
-        from lora import add_adapter
+        from sft.model.lora import add_adapter
 
         model = add_adapter(model, args, resume)
         if args.train_attention_params_only:

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from checkpoint import Companions, save_dtype
-from console import NOTHING_SAVED, Refused, choice, end_by_ctrl_c, note, read_json
-from machine import number_of_processes, read_deepspeed_file
-from weights import open_tensors
+from sft.messages import NOTHING_SAVED, Refused, choice, end_by_ctrl_c, note, read_json
+from sft.model.weight_files import open_tensors
+from sft.training.environment import number_of_processes, read_deepspeed_file
+from sft.training.save import Companions, save_dtype
 
 # Said by each start anew: where things are, and what has no effect.
 OF_A_START = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "train_data_file", "model_name_or_path"}

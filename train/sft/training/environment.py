@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from console import Refused, choice
-from launch import free_port
+from sft.messages import Refused, choice
+from sft.processes import free_port
 
-HERE = Path(__file__).resolve().parent
+TRAIN = Path(__file__).resolve().parents[2]
 
 
 def choose_device(args: transformers.TrainingArguments) -> None:
@@ -54,10 +54,10 @@ def read_deepspeed_file(name: str | dict) -> dict | None:
         return name
     if name.lower() == "none":
         return None
-    path = next((p for p in (Path(name), HERE / name) if p.is_file()), None)
+    path = next((p for p in (Path(name), TRAIN / name) if p.is_file()), None)
     if path is None:
-        offered = ", ".join(sorted(p.name for p in HERE.glob("ds_*.json")))
-        raise Refused(f"--deepspeed {name}: no such file, here or in {HERE} (which has {offered})")
+        offered = ", ".join(sorted(p.name for p in TRAIN.glob("ds_*.json")))
+        raise Refused(f"--deepspeed {name}: no such file, here or in {TRAIN} (which has {offered})")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -75,12 +75,14 @@ def sizes(path: str) -> dict[str, int] | None:
 
 
 def code(directory: str) -> dict[str, str]:
-    """{file: hash} of the scripts and DeepSpeed files at a directory's top."""
+    """{file: hash} of the scripts and DeepSpeed files of a directory, its packages included."""
     found = {}
-    for file in sorted(glob.glob(os.path.join(glob.escape(directory), "*"))):
-        if file.endswith((".py", ".json")):
-            with open(file, "rb") as content:
-                found[os.path.basename(file)] = hashlib.sha256(content.read()).hexdigest()
+    for folder, folders, files in os.walk(directory):
+        folders[:] = sorted(name for name in folders if name not in ("output", "example", "__pycache__"))
+        for file in sorted(file for file in files if file.endswith((".py", ".json"))):
+            with open(os.path.join(folder, file), "rb") as content:
+                name = os.path.relpath(content.name, directory)
+                found[name] = hashlib.sha256(content.read()).hexdigest()
     return found
 
 

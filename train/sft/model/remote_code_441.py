@@ -23,9 +23,9 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.utils import logging
 
-from console import Refused, choice, read_json
-from router import first_of
-from weights import check_whole, code_files
+from sft.messages import Refused, choice, read_json
+from sft.model.moe import first_of
+from sft.model.weight_files import check_whole, code_files
 
 LEGACY = "hunyuan"  # model_type of Hunyuan-Large and the first A13B
 

@@ -18,9 +18,9 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
 
-from console import Refused, choice, note
-from machine import choose_device, join_the_others, meet_on_cpus, read_deepspeed_file
-from resume import go_on_with, plan_of
+from sft.messages import Refused, choice, note
+from sft.training.environment import choose_device, join_the_others, meet_on_cpus, read_deepspeed_file
+from sft.training.resume import go_on_with, plan_of
 
 
 def option(default=None, text: str = "", factory=None):

@@ -11,8 +11,13 @@ from torch.utils.data import SequentialSampler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from callbacks import Meter, stop_if_not_finite
-from checkpoint import (
+from sft.data.batches import Filled
+from sft.data.examples import IGNORE_INDEX
+from sft.messages import choice
+from sft.model.moe import Routers, moe_layers
+from sft.model.weight_files import is_transformers_own, names_in_model
+from sft.training.progress import Meter, stop_if_not_finite
+from sft.training.save import (
     Companions,
     as_stored,
     gathered_state,
@@ -21,10 +26,6 @@ from checkpoint import (
     save_dtype,
     write_on_this_rank,
 )
-from console import choice
-from data import IGNORE_INDEX, Filled
-from router import Routers, moe_layers
-from weights import is_transformers_own, names_in_model
 
 TAKES_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
 
@@ -56,7 +57,7 @@ class Trainer(transformers.Trainer):
         meter: counts tokens and seconds.
         companions: what a saved directory gets beside its weights. The tokenizer is among it, and not handed on as
             `processing_class`: the Trainer would change the special tokens in the model's config after it.
-        router_aux_loss_coef: see router.py.
+        router_aux_loss_coef: see model/moe.py.
     """
 
     def __init__(self, *args, meter: Meter, companions: Companions, router_aux_loss_coef: float = 0.0, **kwargs):
@@ -171,7 +172,7 @@ class Trainer(transformers.Trainer):
         over those of the experts, which stand one by one in the file and fused in the model."""
         if self.is_deepspeed_enabled or self.is_adapter:
             return super()._load_best_model()
-        from legacy_remote_code import load_any
+        from sft.model.remote_code_441 import load_any
 
         code = "native" if is_transformers_own(self.model) else "remote"
         best, _ = load_any(self.state.best_model_checkpoint, code, dtype="auto")

@@ -11,8 +11,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from arguments import ModelArguments
-from console import Refused, choice
+from sft.arguments import ModelArguments
+from sft.messages import Refused, choice
 
 
 def check_architecture(args: ModelArguments) -> None:

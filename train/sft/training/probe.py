@@ -1,0 +1,90 @@
+"""Answers to known prompts before and after training, and their score."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from sft.messages import Refused
+
+
+class Probe(TrainerCallback):
+    """Let the model answer known prompts before and after training, and score the answers.
+
+    Each row of the file is a conversation whose last message is the expected reply; an answer is right if the text in
+    `<answer>` equals the expected one's. Greedy, all rows in one batch, on every rank alike (under ZeRO-3 all must
+    take part).
+    """
+
+    def __init__(self, file: str, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 128):
+        try:
+            lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line]
+            rows = [json.loads(line)["messages"] for line in lines]
+            self.expected = [answer_in(messages[-1]["content"]) for messages in rows]
+            self.questions = [messages[-2]["content"] for messages in rows]
+            asked = [messages[:-1] for messages in rows]
+            prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in asked]
+        except Exception as error:  # a template may raise anything
+            raise Refused(f"--probe_file {file}: not a jsonl of conversations ({type(error).__name__})") from error
+        if not rows:
+            raise Refused(f"--probe_file {file}: is empty")
+        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        width = max(map(len, prompts))
+        self.prompts = torch.tensor([[self.pad] * (width - len(p)) + p for p in prompts])
+        self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        self.before = self.after = None
+
+    @torch.no_grad()
+    def answers(self, model: torch.nn.Module, device: torch.device) -> list[str]:
+        """The model's greedy answers, one a prompt."""
+        training = model.training
+        model.eval()
+        replies = model.generate(
+            input_ids=self.prompts.to(device),
+            attention_mask=self.mask.to(device),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.pad,
+        )[:, self.prompts.shape[1] :]
+        model.train(training)
+        return [answer_in(text) for text in self.tokenizer.batch_decode(replies, skip_special_tokens=True)]
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.before = self.answers(model, args.device)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.after = self.answers(model, args.device)
+
+    def results(self) -> dict[str, int]:
+        """The figures for train_results.json: prompts, and how many were answered exactly before and after."""
+
+        def correct(answers: list[str]) -> int:
+            return sum(a == e for a, e in zip(answers, self.expected))
+
+        return {
+            "example_prompts": len(self.expected),
+            "example_correct_before": correct(self.before),
+            "example_correct_after": correct(self.after),
+        }
+
+    def print_some(self, number: int = 4) -> None:
+        """Show a few prompts with the answers before and after, and the score."""
+        score = self.results()
+        step = max(1, len(self.expected) // number)
+        for i in range(0, step * number, step):
+            before, after = (" ".join(answers[i].split())[:30] for answers in (self.before, self.after))
+            print(f"  {self.questions[i]}\n    before: {before or '(nothing)'}\n    after:  {after or '(nothing)'}")
+        print(
+            f"Prompts that are not among the rows, answered exactly: {score['example_correct_before']} of "
+            f"{score['example_prompts']} before training, {score['example_correct_after']} after",
+            flush=True,
+        )
+
+
+def answer_in(reply: str) -> str:
+    """The text inside <answer>…</answer>, or the whole reply where there is no such block."""
+    return reply.rpartition("<answer>")[2].partition("</answer>")[0].strip()
