@@ -30,23 +30,23 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from sft.arguments import note_without_effect, parse_arguments
 from sft.data.batches import Bins, Collator
 from sft.data.examples import Options, load_data
+from sft.model.adapter_base import check_base, record_base
 from sft.model.load import (
     accepts_loss_kwargs,
-    check_directory,
     check_packing,
     check_same_tokenizer,
     fetch,
     load_model,
     load_tokenizer,
     number_of_parameters,
+    open_directory,
     takes_supervised_head,
 )
-from sft.model.weight_files import check_base, record_base
 from sft.training.environment import let_all_come
 from sft.training.probe import Probe
 from sft.training.progress import Meter, ProgressLine, StopOnNonFinite
 from sft.training.resume import GoOn, finish_from, keep_rows, steps_left, take_up
-from sft.training.save import Companions, check_output_dir, lock_output_dir, set_aside
+from sft.training.save import check_output_dir, lock_output_dir, set_aside
 from sft.training.trainer import Trainer, mean_loss
 
 
@@ -58,19 +58,19 @@ def main(argv: list[str]) -> None:
     fetch(model_args)
     resume = take_up(model_args, training_args)
     fetch(model_args)  # the base that a resumed adapter names
-    check_directory(model_args, data_args.packing)
+    directory = open_directory(model_args, data_args.packing)
     adapter = Path(resume) if resume and model_args.use_lora else None
-    adapter_code = check_base(adapter, Path(model_args.model_name_or_path), model_args.any_base) if adapter else "auto"
+    adapter_code = check_base(adapter, directory, model_args.any_base) if adapter else "auto"
     if model_args.any_base and not adapter:
         note("--any_base has no effect: no adapter is resumed")
-    model_args.model_code = adapter_code if model_args.model_code == "auto" else model_args.model_code
+    directory.model_code = adapter_code if model_args.model_code == "auto" else model_args.model_code
     lock_output_dir(training_args)
     earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
 
     # 2. Data: rows → token sequences.
-    tokenizer = load_tokenizer(model_args)
+    tokenizer = load_tokenizer(directory.tokenizer_path, directory.tokenizer_trusted)
     if resume and "tokenizer_name_or_path" in model_args.given:
-        check_same_tokenizer(tokenizer, model_args, resume)
+        check_same_tokenizer(tokenizer, directory, resume)
     options = Options(data_args.max_seq_length, data_args.train_on, data_args.overlong)
     examples, evaluation = load_data(data_args, tokenizer, options)
     figures = examples.figures() | {"num_examples": len(examples), "num_eval_examples": len(evaluation or ())}
@@ -79,24 +79,22 @@ def main(argv: list[str]) -> None:
         examples = Bins(examples, data_args.max_seq_length, training_args.seed)
         figures |= {"num_bins": len(examples), "bin_fill": examples.fill}
         note(f"{figures['num_examples']} sequences in {len(examples)} bins, which are {examples.fill:.1%} full")
-    tokenizer_path = model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    companions = Companions.read(model_args.model_name_or_path, tokenizer_path)
+    directory.hold()
     if resume and not steps_left(resume, training_args, len(examples), model_args.given):
         note(f"{resume} is the end of a finished run: no step is left, its final files are written")
         lock_output_dir(training_args, begin=True)  # all ranks have looked at output_dir then
         if training_args.should_save:
-            base = model_args.hub_id or os.path.realpath(model_args.model_name_or_path)
-            named = None if model_args.any_base else base
-            finish_from(Path(resume), training_args, companions, named, figures | dict.fromkeys(Meter.FIGURES))
+            named = None if model_args.any_base else directory.base_name
+            finish_from(Path(resume), training_args, directory, named, figures | dict.fromkeys(Meter.FIGURES))
         return
     probe = Probe(training_args.probe_file, tokenizer) if training_args.probe_file else None
 
     # 3. Model. Seeded before: what is drawn at random is drawn here.
     set_seed(training_args.seed)
-    model = load_model(model_args, training_args, tokenizer, resume)
+    model = load_model(model_args, training_args, tokenizer, directory, resume)
     check_packing(model, data_args.packing)
     if model_args.use_lora:
-        companions.files["base.json"] = record_base(model, model_args, adapter_code)
+        directory.added["base.json"] = record_base(model, directory, adapter_code)
     lock_output_dir(training_args, begin=True)
     positions = getattr(model.config, "max_position_embeddings", data_args.max_seq_length)
     if data_args.max_seq_length > positions:
@@ -123,7 +121,7 @@ def main(argv: list[str]) -> None:
         callbacks=callbacks,
         compute_loss_func=None if own_loss else mean_loss,
         meter=meter,
-        companions=companions,
+        companions=directory,
         router_aux_loss_coef=model_args.router_aux_loss_coef,
     )
     for theirs in (ProgressCallback, PrinterCallback):

@@ -13,7 +13,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import fuse_experts
-from sft import messages
+from sft import merging, messages
 
 TRAIN = Path(__file__).resolve().parents[2] / "train"
 SCRIPT = TRAIN / "merge_lora_weight.py"
@@ -191,6 +190,23 @@ def test_what_the_base_keeps_in_fp32_stays_so(pair, merge, tmp_path):
     assert "verify keys = " in out
     for name, tensor in tensors(tmp_path / "out").items():
         assert tensor.dtype == (torch.float32 if "gate.wg" in name else torch.float16), name
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_what_a_checkpoint_of_masters_names_stays_fp32(dtype, pair, merge, tmp_path):
+    """M11: its base keeps routers in fp32 beside weights in half precision."""
+    base = make_base(tmp_path / "base", "hunyuan_v1_moe")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    routers = sorted(name for name in tensors(base) if "gate.wg" in name)
+    (base / "kept_in_fp32.json").write_text(json.dumps({"tensors": routers}))
+    assert merge("--adapter_model_path", adapter, "--save_dtype", dtype, "--verify", "keys")[0] == 0
+    merged = tmp_path / "adapter-merged"
+    kept = {name for name, tensor in tensors(merged).items() if tensor.dtype == torch.float32}
+    assert routers and kept == set(tensors(base) if dtype == "fp32" else routers)
+    names = merged / "kept_in_fp32.json"
+    assert names.exists() == (dtype == "fp32") and (
+        not names.exists() or json.loads(names.read_text())["tensors"] == routers
+    )
 
 
 def test_the_router_correction_of_hy3_stays_fp32(merge, tmp_path):
@@ -396,7 +412,7 @@ REFUSED = {  # what is done to (base b, adapter a, output o), and what is said
         "lm_head (the base has no such weight, it is tied)",
     ),
     "no-base": (lambda b, a, o: shutil.rmtree(b), "not a directory here; give --base_model_path"),
-    "no-config": (lambda b, a, o: (b / "config.json").unlink(), "config.json: not a readable json object"),
+    "no-config": (lambda b, a, o: (b / "config.json").unlink(), "has no config.json"),
     "no-weights": (lambda b, a, o: (b / INDEX).unlink(), "holds no model.safetensors and no"),
     "quantised": (lambda b, a, o: edit_json(b / "config.json", quantization_config={"b": 4}), "quantization_config"),
     "no-shard": (lambda b, a, o: (b / SHARD).unlink(), f"{SHARD}: missing"),
@@ -469,7 +485,7 @@ def test_a_full_disk_leaves_nothing(when, pair, merge, tmp_path, monkeypatch):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             written.append(save_file(held, path, metadata))
 
-        monkeypatch.setattr(safetensors.torch, "save_file", full)
+        monkeypatch.setattr(merging, "save_file", full)
     code, _, err = merge("--adapter_model_path", pair[1], "--output_path", tmp_path / "deep" / "out")
     assert code == 2
     assert ("make room" if when == "before" else "No space left on device") in err

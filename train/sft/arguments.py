@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import transformers
 import yaml
@@ -95,7 +95,7 @@ class ModelArguments:
     type_vocab_size: int | None = option(None, "No effect: these models have no token types.")
     layer_norm_eps: float | None = option(None, "No effect: these models have no LayerNorm.")
 
-    hub_id = None  # what model_name_or_path was before its files were fetched
+    hub_ids: ClassVar[dict[str, str]] = {}  # {directory: the hub id whose files were fetched into it}
     given = frozenset()  # the flags that this start was given
 
     def __post_init__(self):

@@ -42,6 +42,11 @@ def end_by_ctrl_c(when: str, how: str = NOTHING_SAVED) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def first_few(items: list[str]) -> str:
+    """The first few of a list, for a message."""
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
 def read_json(path: Path) -> dict:
     """The object in a json file; refuses one that is missing or damaged."""
     try:

@@ -25,9 +25,10 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from sft.messages import NOTHING_SAVED, Refused, choice, end_by_ctrl_c, note, read_json
+from sft.model.directory import ModelDirectory
 from sft.model.weight_files import open_tensors
 from sft.training.environment import number_of_processes, read_deepspeed_file
-from sft.training.save import Companions, save_dtype
+from sft.training.save import save_dtype
 
 # Said by each start anew: where things are, and what has no effect.
 OF_A_START = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "train_data_file", "model_name_or_path"}
@@ -260,7 +261,7 @@ def steps_left(checkpoint: str, args: TrainingArguments, num_examples: int, give
 
 
 def finish_from(
-    checkpoint: Path, args: TrainingArguments, companions: Companions, base: str | None, figures: dict
+    checkpoint: Path, args: TrainingArguments, companions: ModelDirectory, base: str | None, figures: dict
 ) -> None:
     """Write the final files of a run whose last step is in `checkpoint`: no step is left to make.
 

@@ -14,11 +14,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from sft.data.batches import Filled
 from sft.data.examples import IGNORE_INDEX
 from sft.messages import choice
+from sft.model.directory import ModelDirectory
 from sft.model.moe import Routers, moe_layers
+from sft.model.pretrained import load_pretrained
 from sft.model.weight_files import is_transformers_own, names_in_model
 from sft.training.progress import Meter, stop_if_not_finite
 from sft.training.save import (
-    Companions,
     as_stored,
     gathered_state,
     master_values,
@@ -60,7 +61,7 @@ class Trainer(transformers.Trainer):
         router_aux_loss_coef: see model/moe.py.
     """
 
-    def __init__(self, *args, meter: Meter, companions: Companions, router_aux_loss_coef: float = 0.0, **kwargs):
+    def __init__(self, *args, meter: Meter, companions: ModelDirectory, router_aux_loss_coef: float = 0.0, **kwargs):
         if kwargs.get("eval_dataset") is not None:
             world = kwargs["args"].world_size * kwargs["args"].eval_batch_size
             kwargs["eval_dataset"] = Filled(kwargs["eval_dataset"], world)
@@ -73,13 +74,13 @@ class Trainer(transformers.Trainer):
         if companions.unused and not self.is_adapter:
             why = "layers for next-token prediction, which the class does not have: saved as the base has them"
             choice("tensors copied", len(companions.unused), why)
-        found = {} if self.is_adapter else names_in_model(self.model, companions.names)
+        found = {} if self.is_adapter else names_in_model(self.model, companions.tensors)
         self.stored = {name: files[0] for name, files in found.items() if len(files) == 1}
         if self.args.should_save and self.is_deepspeed_enabled and not self.is_adapter:
             # the engine rounds them, and frozen tensors have no masters to read
             trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
             frozen = {stored for name, stored in self.stored.items() if name not in trained}
-            self.masters = companions.base_values(frozen & companions.fp32_names)
+            self.masters = companions.values(frozen & companions.fp32_names)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Count what a step really processes."""
@@ -172,10 +173,8 @@ class Trainer(transformers.Trainer):
         over those of the experts, which stand one by one in the file and fused in the model."""
         if self.is_deepspeed_enabled or self.is_adapter:
             return super()._load_best_model()
-        from sft.model.remote_code_441 import load_any
-
         code = "native" if is_transformers_own(self.model) else "remote"
-        best, _ = load_any(self.state.best_model_checkpoint, code, dtype="auto")
+        best = load_pretrained(ModelDirectory(self.state.best_model_checkpoint, model_code=code), dtype="auto")
         self.model.load_state_dict(best.state_dict())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -214,7 +213,7 @@ class Trainer(transformers.Trainer):
         for tied in getattr(self.model, "all_tied_weights_keys", {}):
             state_dict.pop(tied, None)  # ZeRO-2 hands out both names of a tied tensor
         saved = self.companions.cast(as_stored(self.model, state_dict, self.stored) | self.masters, dtype)
-        saved |= self.companions.base_values(self.companions.unused)
+        saved |= self.companions.values(self.companions.unused)
         state_dict.clear()  # the caller holds it too: its tensors go as their parts are written
         directory.mkdir(parents=True, exist_ok=True)
         if self.args.save_on_each_node:
