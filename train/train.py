@@ -43,10 +43,10 @@ from sft.model.load import (
     takes_supervised_head,
 )
 from sft.training.environment import let_all_come
+from sft.training.output_dir import check_output_dir, lock_output_dir, set_aside
 from sft.training.probe import Probe
 from sft.training.progress import Meter, ProgressLine, StopOnNonFinite
 from sft.training.resume import GoOn, finish_from, keep_rows, steps_left, take_up
-from sft.training.save import check_output_dir, lock_output_dir, set_aside
 from sft.training.trainer import Trainer, mean_loss
 
 

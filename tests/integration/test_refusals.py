@@ -14,7 +14,7 @@ import pytest
 
 from conftest import TRAIN, run_command
 from sft.messages import Refused
-from sft.training import save
+from sft.training import output_dir
 
 
 def good(model, rows, out):
@@ -151,20 +151,20 @@ def test_a_second_job_in_the_same_directory_is_refused(
 def test_without_locks_one_line_and_no_refusal(tmp_path, monkeypatch, capsys):
     """And a directory that cannot be written is refused where it would be made."""
     args = types.SimpleNamespace(output_dir=str(tmp_path / "a" / "b"), should_save=True, world_size=1)
-    save.lock_output_dir(args)
+    output_dir.lock_output_dir(args)
     assert not (tmp_path / "a").exists(), "nothing is made before the run begins"
 
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(save.fcntl, "flock", no_locks)
+    monkeypatch.setattr(output_dir.fcntl, "flock", no_locks)
     for _ in range(2):
-        save.lock_output_dir(args, begin=True)
+        output_dir.lock_output_dir(args, begin=True)
     assert capsys.readouterr().out.count("has no locks") == 1 and (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     args.output_dir = str(tmp_path / "file" / "out")
     with pytest.raises(Refused, match="cannot be written"):
-        save.lock_output_dir(args, begin=True)
+        output_dir.lock_output_dir(args, begin=True)
 
 
 @pytest.mark.parametrize(

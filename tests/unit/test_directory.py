@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from sft.messages import Refused
 from sft.model.directory import ModelDirectory
 from sft.model.load import may_run_code
-from sft.training.save import set_aside
+from sft.training.output_dir import set_aside
 
 ROUTER, BIAS, WEIGHT = "model.layers.0.mlp.gate.weight", "model.layers.0.mlp.expert_bias", "model.norm.weight"
 OLD_CODE = {"AutoConfig": "configuration_hunyuan.C", "AutoModelForCausalLM": "modeling_hunyuan.M"}

@@ -1,108 +1,10 @@
-"""Where a run saves, and the weights that it saves: whether the output directory is free, in which dtype and by which
-names they are saved, what the optimiser of ZeRO holds.
+"""The weights that are saved: in which dtype, by which names, and how they are gathered from the ranks."""
 
-Refused (exit code 2): an output directory that holds another run, or that is or holds the model to train.
-"""
-
-import fcntl
-import time
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.core_model_loading import revert_weight_conversion
-
-from sft.messages import Refused, first_few, note
-from sft.model.directory import files_of_a_model
-
-# What a run puts at the top of its directory, beside the files of a model.
-RUN_FILES = ("checkpoint-*", "*.safetensors*", "config.json", "adapter_config.json", "train*_results.json")
-RUN_FILES += ("trainer_state.json", "training_args.bin", "base.json", "kept_in_fp32.json")
-MODEL_MARKS = ("config.json", "adapter_config.json", "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin")
-LOCK = ".lock"
-locks = {}  # {path: open file}, for as long as this process lives
-
-
-# ------------------------------------------------------------------------------------------------- an earlier run
-
-
-def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_path: str | None) -> bool:
-    """Refuse an output directory that is a file, holds another run, or that overwriting would take the model from.
-
-    Returns whether there is an earlier run to set aside, once the new one is about to begin.
-    """
-    output = Path(args.output_dir)
-    if output.exists() and not output.is_dir():
-        raise Refused(f"--output_dir {output}: is a file")
-    resumed = args.resume_from_checkpoint and Path(args.resume_from_checkpoint).resolve().parent == output.resolve()
-    for flag, path in (("model", model_path), ("tokenizer", tokenizer_path)):
-        if path is None or resumed or not Path(path).exists():
-            continue
-        if Path(path).resolve().is_relative_to(output.resolve()) and args.overwrite_output_dir:
-            raise Refused(
-                f"--{flag}_name_or_path {path}: lies in --output_dir, which --overwrite_output_dir would move"
-            )
-        if Path(path).resolve() == output.resolve():
-            raise Refused(f"--output_dir {output}: is the {flag}'s own directory, its files would be overwritten")
-    if resumed:
-        return False
-    held = sorted(file.name for mark in MODEL_MARKS for file in output.glob(mark))
-    runs = (output / "train_results.json").exists() or any(output.glob("checkpoint-*"))
-    if held and not runs and not (output / LOCK).exists():
-        raise Refused(
-            f"--output_dir {output}: contains a model that no run has written ({first_few(held)}). It would be "
-            "overwritten: choose another directory"
-        )
-    if not held and not runs:
-        return False
-    if not args.overwrite_output_dir:
-        raise Refused(
-            f"--output_dir {output}: holds another run. Choose another directory, go on with it "
-            "(--resume_from_checkpoint), or set it aside (--overwrite_output_dir)"
-        )
-    return True
-
-
-def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
-    """Refuse an output directory that another job writes to, and keep others out until this process ends. All ranks
-    must call.
-
-    The kernel holds the lock (flock), on a file that stays. It is made when the run is about to `begin`.
-    """
-    path, why = Path(args.output_dir, LOCK), None
-    if args.should_save and path not in locks and (begin or path.exists()):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            locks[path] = open(path, "a")  # noqa: SIM115
-            fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            locks.pop(path).close()
-            why = f"--output_dir {path.parent}: another running job uses it. Choose another directory, or end that job"
-        except OSError as error:
-            if path not in locks:
-                why = f"--output_dir {path.parent}: cannot be written ({error.strerror})"
-            else:
-                note(f"{path.parent}: is not locked, its file system has no locks ({error.strerror})")
-    ranks = [why] * args.world_size
-    if torch.distributed.is_initialized():
-        torch.distributed.all_gather_object(ranks, why)
-    if any(ranks):
-        raise Refused(next(filter(None, ranks)))
-
-
-def set_aside(output_dir: Path) -> None:
-    """Move an earlier run's checkpoints, final model and results into `previous-<time>/`; logs and curves stay."""
-    found = [file for pattern in RUN_FILES for file in output_dir.glob(pattern)]
-    found += files_of_a_model(output_dir, quiet=True).values()
-    earlier = output_dir / time.strftime("previous-%Y%m%d-%H%M%S")
-    for file in found:
-        place = earlier / file.relative_to(output_dir)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file.rename(place)
-    note(f"--overwrite_output_dir: the earlier run in {output_dir} was moved to {earlier}")
-
-
-# ------------------------------------------------------------------------------------------------ what is written
 
 
 def save_dtype(args: TrainingArguments) -> torch.dtype:
@@ -110,7 +12,7 @@ def save_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def as_stored(
+def with_base_names(
     model: PreTrainedModel, state: dict[str, torch.Tensor], stored: dict[str, str]
 ) -> dict[str, torch.Tensor]:
     """The state by the names of the base's files; what they hold in another form, experts one by one, as transformers
@@ -157,7 +59,7 @@ def write_on_this_rank(model: PreTrainedModel) -> None:
     model.should_save_on_this_rank = lambda is_main_process: is_main_process
 
 
-def name_states(checkpoint: Path) -> None:
+def write_deepspeed_latest(checkpoint: Path) -> None:
     """Write `latest`, from which DeepSpeed finds its states: 0.19.8 does so on global rank 0 alone, on a node's own
     disk too. Goes with the release that does it on every node."""
     states = sorted(checkpoint.glob("global_step*"))

@@ -20,11 +20,11 @@ from sft.model.pretrained import load_pretrained
 from sft.model.weight_files import is_transformers_own, names_in_model
 from sft.training.progress import Meter, stop_if_not_finite
 from sft.training.save import (
-    as_stored,
     gathered_state,
     master_values,
-    name_states,
     save_dtype,
+    with_base_names,
+    write_deepspeed_latest,
     write_on_this_rank,
 )
 
@@ -161,7 +161,7 @@ class Trainer(transformers.Trainer):
         self.stop_if_not_finite()
         super()._save_checkpoint(model, trial)
         if self.args.save_on_each_node and self.args.should_save and self.is_deepspeed_enabled:
-            name_states(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+            write_deepspeed_latest(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Not a second time: load_model has taken the weights from there, experts that the Trainer misses included."""
@@ -212,7 +212,7 @@ class Trainer(transformers.Trainer):
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         for tied in getattr(self.model, "all_tied_weights_keys", {}):
             state_dict.pop(tied, None)  # ZeRO-2 hands out both names of a tied tensor
-        saved = self.companions.cast(as_stored(self.model, state_dict, self.stored) | self.masters, dtype)
+        saved = self.companions.cast(with_base_names(self.model, state_dict, self.stored) | self.masters, dtype)
         saved |= self.companions.values(self.companions.unused)
         state_dict.clear()  # the caller holds it too: its tensors go as their parts are written
         directory.mkdir(parents=True, exist_ok=True)
