@@ -329,11 +329,7 @@ def config_file_as_flags(path: str) -> list[str]:
 
 def old_flags(args: TrainingArguments) -> None:
     """Do what flags did that transformers 5 renamed or dropped."""
-    if args.gradient_checkpointing is not None and args.activation_checkpointing is None:
-        args.activation_checkpointing = args.gradient_checkpointing
-    if args.gradient_checkpointing_kwargs is not None and args.activation_checkpointing_kwargs is None:
-        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
-    args.gradient_checkpointing = args.gradient_checkpointing_kwargs = None
+    name_checkpointing(args)
     if args.warmup_ratio is not None:
         if not 0 <= args.warmup_ratio < 1:
             raise Refused(f"--warmup_ratio {args.warmup_ratio}: must be at least 0 and below 1")
@@ -345,6 +341,20 @@ def old_flags(args: TrainingArguments) -> None:
         args.train_sampling_strategy = "group_by_length"
     if args.logging_dir is not None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = args.logging_dir
+
+
+def name_checkpointing(args: TrainingArguments) -> None:
+    """Take --gradient_checkpointing for --activation_checkpointing, its name in transformers 5.23. 5.17 knows the old
+    name alone, so there both are set. Goes when 5.17 is no longer tried."""
+    if not hasattr(transformers.TrainingArguments, "activation_checkpointing"):
+        args.activation_checkpointing = args.gradient_checkpointing
+        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
+        return
+    if args.gradient_checkpointing is not None and args.activation_checkpointing is None:
+        args.activation_checkpointing = args.gradient_checkpointing
+    if args.gradient_checkpointing_kwargs is not None and args.activation_checkpointing_kwargs is None:
+        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
+    args.gradient_checkpointing = args.gradient_checkpointing_kwargs = None
 
 
 def note_without_effect(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from transformers import (
     PreTrainedModel,
@@ -234,9 +235,11 @@ def takes_supervised_head(model: PreTrainedModel, training: TrainingArguments) -
     else:
         inner = without_adapter(model)
         accepted = inspect.signature(inner.forward).parameters
-        if {"logits_to_keep", "kwargs"} <= set(accepted):
+        takes_mask = hasattr(transformers.modeling_utils, "slice_logits_to_keep")  # not in 5.17
+        if takes_mask and {"logits_to_keep", "kwargs"} <= set(accepted):
             return True
-        why = f"{type(inner).__name__} does not take logits_to_keep"
+        name = type(inner).__name__ if takes_mask else f"transformers {transformers.__version__}"
+        why = f"{name} does not take logits_to_keep"
     choice("logits", "at every position", why)
     return False
 

@@ -26,13 +26,17 @@ def with_base_names(
     return known | (revert_weight_conversion(model, others) if others else {})
 
 
-def master_values(model: PreTrainedModel, names: set[str]) -> dict[str, torch.Tensor]:
-    """The named parameters' fp32 values from the optimiser of ZeRO, on the CPU. All ranks must call."""
+def master_values(model: PreTrainedModel, names: set[str], keep: bool) -> dict[str, torch.Tensor]:
+    """The named parameters' fp32 values from the optimiser of ZeRO, on the CPU of the ranks that `keep` them. All
+    ranks must call."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     values = {}
     for name, parameter in model.named_parameters():
-        if name in names and (value := safe_get_full_fp32_param(parameter)) is not None:
+        if name not in names:
+            continue
+        value = safe_get_full_fp32_param(parameter)  # collective
+        if keep and value is not None:
             values[name] = value.detach().float().cpu()
     return values
 
