@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import TRAIN, fuse_experts, make_model_dir
+from conftest import TRAIN, make_model_dir
 from sft.messages import Refused
 from sft.model.remote_code_441 import load_any
 from sft.model.weight_files import check_base, fingerprint, same_tensor
+from tiny import fuse_experts
 
 CASES = [("dense", "native"), ("moe", "native"), ("hy_v3", "native"), ("remote", "native"), ("remote", "remote")]
 CASES += [pytest.param("hy_v4", "native", marks=pytest.mark.campaign)]
