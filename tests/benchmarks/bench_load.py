@@ -68,7 +68,7 @@ def main() -> None:
         return
     from bench_merge import make_base
 
-    from conftest import free_port
+    from runs import free_port
 
     found: dict[tuple[str, int], list[dict[str, int]]] = {}
     with tempfile.TemporaryDirectory() as folder:

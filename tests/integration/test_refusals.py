@@ -48,7 +48,7 @@ def test_refused_before_a_model_is_loaded(
     began = time.monotonic()
     args = spoil(args, tmp_path)
     # one of them as a user runs it
-    run = run_train(args) if "none.jsonl" in str(args) else run_here("train.py", args)
+    run = run_train(args, cold=True) if "none.jsonl" in str(args) else run_here("train.py", args)
     took = time.monotonic() - began
     assert run.returncode == 2, run.stderr
     message = run.stderr[run.stderr.index("refused:") :]

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from conftest import FORMATS
 from sft.data.chat_format import ChatFormat
 from sft.data.examples import IGNORE_INDEX, Options, encode_rows
 from sft.data.rows import BadRow
+from tiny import FORMATS
 
 ALL = ("hy", "example", *FORMATS)
 

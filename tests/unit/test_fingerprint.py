@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import TRAIN, fuse_experts, make_model_dir
+from conftest import TRAIN, make_model_dir
 from sft.messages import Refused
 from sft.model.adapter_base import check_base, fingerprint, is_same_tensor
 from sft.model.directory import ModelDirectory
 from sft.model.pretrained import load_pretrained
+from tiny import fuse_experts
 
 CASES = [("dense", "native"), ("moe", "native"), ("hy_v3", "native"), ("remote", "native"), ("remote", "remote")]
 CASES += [pytest.param("hy_v4", "native", marks=pytest.mark.campaign)]

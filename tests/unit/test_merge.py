@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import fuse_experts
 from sft import merging, messages
+from tiny import fuse_experts
 
 TRAIN = Path(__file__).resolve().parents[2] / "train"
 SCRIPT = TRAIN / "merge_lora_weight.py"

@@ -1,7 +1,5 @@
 """What ranks do for one another at a logging step, at a save and in the backward pass: no more than is needed."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -9,9 +7,9 @@ from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM, TrainingAr
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from sft.model import moe
+from sft.model.directory import ModelDirectory
 from sft.training import save
 from sft.training.progress import Meter
-from sft.training.save import Companions
 from sft.training.trainer import Trainer
 
 LAYERS = 3
@@ -29,7 +27,9 @@ def model():
 
 def make_trainer(model, folder, coefficient=0.0, **arguments) -> Trainer:
     args = TrainingArguments(str(folder), use_cpu=True, **{"report_to": "none"} | arguments)
-    return Trainer(model=model, args=args, meter=Meter(), companions=Companions({}), router_aux_loss_coef=coefficient)
+    return Trainer(
+        model=model, args=args, meter=Meter(), companions=ModelDirectory(None), router_aux_loss_coef=coefficient
+    )
 
 
 @pytest.fixture
@@ -129,8 +129,8 @@ def test_masters_are_held_only_while_a_rank_saves(saves, model, asked, tmp_path,
     frozen = min(routers)
     model.get_parameter(frozen).requires_grad = False
     base = {name: torch.zeros(()) for name in routers}
-    source = SimpleNamespace(get_tensor=base.__getitem__)
-    trainer.companions = Companions({}, fp32_names=frozenset(routers), sources=dict.fromkeys(routers, source))
+    trainer.companions.fp32_names = set(routers)
+    trainer.companions.values = lambda names: {name: base[name] for name in names}
     trainer.stored = {name: name for name, _ in model.named_parameters()}
     trainer.is_deepspeed_enabled = True
     monkeypatch.setattr(type(trainer.args), "should_save", property(lambda args: saves))
@@ -147,7 +147,7 @@ def test_masters_go_when_saving_fails(model, asked, tmp_path, monkeypatch):
     trainer = make_trainer(model, tmp_path)
     trainer.is_deepspeed_enabled = True
     trainer.stored = {name: name for name, _ in model.named_parameters()}
-    trainer.companions = Companions({}, fp32_names=frozenset(trainer.stored))
+    trainer.companions.fp32_names = set(trainer.stored)
 
     def fail(*args):
         assert trainer.masters
