@@ -10,6 +10,7 @@ import time
 
 import psutil
 import torch
+from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -33,12 +34,9 @@ class ProgressLine(ProgressCallback):
     """The Trainer's progress bar (none with `--disable_tqdm`), and at each logging step a line with step and loss."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not args.disable_tqdm:
-            super().on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm)
+        self.current_step = 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         kinds = [kind for kind in ("loss", "eval_loss") if kind in (logs or {})]
@@ -47,12 +45,7 @@ class ProgressLine(ProgressCallback):
         parts = [f"step {state.global_step}/{state.max_steps}"]
         parts += [f"{kind} {logs[kind]:.6f}" for kind in kinds]
         parts += [f"{key} {logs[key]:.4g}" for key in ("grad_norm", "learning_rate", "epoch") if key in logs]
-        show = print if self.training_bar is None else self.training_bar.write
-        show("  ".join(parts))
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
+        tqdm.write("  ".join(parts))  # above the bar, where there is one
 
 
 def stop_if_not_finite(loss: float, step: int) -> None:
@@ -75,9 +68,9 @@ class Meter(TrainerCallback):
     """Counts the tokens of the steps, and their seconds without evaluation and saving."""
 
     FIGURES = (
-        *("tokens", "supervised_tokens", "padding_share", "tokens_per_second", "mfu", "seconds_to_first_step"),
-        *("peak_memory_bytes", "world_size", "global_batch_size", "trainable_params", "total_params"),
-    )
+        "tokens", "supervised_tokens", "padding_share", "tokens_per_second", "mfu", "seconds_to_first_step",
+        "peak_memory_bytes", "world_size", "global_batch_size", "trainable_params", "total_params",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.counts = torch.zeros(3, dtype=torch.int64)  # real tokens, supervised tokens, positions

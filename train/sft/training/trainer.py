@@ -96,15 +96,15 @@ class Trainer(transformers.Trainer):
         self.masters: dict[str, torch.Tensor] = {}  # on the saving rank while it saves, see masters_to_save
         self.unlogged = 0.0
         self.add_callback(meter)
-        self.routers = self.watch_routers(router_aux_loss_coef)
+        self.routers = self.make_routers(router_aux_loss_coef)
         if companions.unused and not self.is_adapter:
             why = "layers for next-token prediction, which the class does not have: saved as the base has them"
             choice("tensors copied", len(companions.unused), why)
         found = {} if self.is_adapter else names_in_model(self.model, companions.tensors)
         self.stored = {name: files[0] for name, files in found.items() if len(files) == 1}
 
-    def watch_routers(self, coefficient: float) -> Routers | None:
-        """What watches the routers; None where there are none, or nobody looks at them."""
+    def make_routers(self, coefficient: float) -> Routers | None:
+        """What watches the routers; None where there are none, or where nothing shows what it sees."""
         reported = bool(self.args.report_to)
         if not moe_layers(self.model) or not (coefficient or reported):
             return None
