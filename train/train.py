@@ -12,22 +12,18 @@ anything else: failed.
 """
 
 import json
-import os
 import signal
 import sys
-import time
 from pathlib import Path
 
-from sft.messages import Refused, end_by_ctrl_c, note
+from sft.messages import BEFORE_THE_FIRST_STEP, end_by_ctrl_c, note, run_script
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # the imports take seconds
-    signal.signal(signal.SIGINT, lambda *_: end_by_ctrl_c("before the first step"))
+    signal.signal(signal.SIGINT, lambda *_: end_by_ctrl_c(BEFORE_THE_FIRST_STEP))
 
-import torch
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from sft.arguments import note_without_effect, parse_arguments
 from sft.data.batches import Bins, Collator
 from sft.data.examples import Options, load_data
 from sft.model.adapter_base import check_base, record_base
@@ -42,11 +38,12 @@ from sft.model.load import (
     open_directory,
     takes_supervised_head,
 )
-from sft.training.environment import let_all_come
+from sft.training.environment import exit_all_ranks, wait_for_ranks_before_refusing
 from sft.training.output_dir import check_output_dir, lock_output_dir, set_aside
+from sft.training.plan import keep_rows, parse_arguments
 from sft.training.probe import Probe
 from sft.training.progress import Meter, ProgressLine, StopOnNonFinite
-from sft.training.resume import GoOn, finish_from, keep_rows, steps_left, take_up
+from sft.training.resume import GoOn, find_checkpoint, finish_from, steps_left
 from sft.training.trainer import Trainer, mean_loss
 
 
@@ -54,9 +51,8 @@ def main(argv: list[str]) -> None:
     """The whole job. Raises Refused for wrong input, SystemExit at a non-finite loss."""
     # 1. Arguments. What can be refused is refused here and in 2, before a model is loaded.
     model_args, data_args, training_args = parse_arguments(argv)
-    note_without_effect(model_args, data_args, training_args)
     fetch(model_args)
-    resume = take_up(model_args, training_args)
+    resume = find_checkpoint(model_args, training_args)
     fetch(model_args)  # the base that a resumed adapter names
     directory = open_directory(model_args, data_args.packing)
     adapter = Path(resume) if resume and model_args.use_lora else None
@@ -153,37 +149,10 @@ def main(argv: list[str]) -> None:
     note(f"done: {training_args.output_dir}")
 
 
-def leave(code: int) -> None:
-    """End the process; of several ranks past the interpreter's own shutdown.
-
-    There torch 2.13 sometimes aborts after a gloo job is done ("terminate called without an active exception"), which
-    would turn any exit code into a failure. Goes with the release that does not.
-    """
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        if code == 0:
-            torch.distributed.barrier()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    try:
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is tidied up
-        main(sys.argv[1:])
-    except Refused as refusal:
-        first = os.environ.get("RANK", "0") == "0"
-        if first:
-            print(f"refused: {refusal}", file=sys.stderr, flush=True)
-        let_all_come()
-        if not first:  # the first has found the same, and its end ends this one; if not, it is said here
-            time.sleep(10)
-            print(f"refused: {refusal}", file=sys.stderr, flush=True)
-        leave(2)
-    except SystemExit as stopped:
-        leave(stopped.code or 0)
-    except KeyboardInterrupt:
-        end_by_ctrl_c("before the first step")
-    leave(0)
+    run_script(
+        lambda: main(sys.argv[1:]),
+        stopped=BEFORE_THE_FIRST_STEP,
+        all_refuse=wait_for_ranks_before_refusing,
+        leave=exit_all_ranks,
+    )

@@ -30,8 +30,8 @@ def worker(way: str, base: str, folder: str) -> None:
     """One rank: load, and write the peaks."""
     from transformers import AutoModelForCausalLM
 
-    from sft.arguments import parse_arguments
     from sft.model.load import load_model, open_directory
+    from sft.training.plan import parse_arguments
 
     flags = ["--model_name_or_path", base, "--train_data_file", "x", "--output_dir", folder, "--bf16"]
     args, _, training = parse_arguments([*flags, "--deepspeed", "ds_zero3_no_offload.json"])

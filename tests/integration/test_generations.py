@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import reference
 from conftest import TRAIN, run_command
-from sft.arguments import parse_arguments
 from sft.model.directory import ModelDirectory
 from sft.model.load import load_model, open_directory
+from sft.training.plan import parse_arguments
 
 STEPS, RATE = 8, 1e-3
 COLUMNS = ("load", "ZeRO-2", "ZeRO-3", "alone", "resume", "LoRA attention", "LoRA experts", "LoRA shared", "merge")

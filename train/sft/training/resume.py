@@ -1,20 +1,17 @@
-"""Going on from a checkpoint: its run's flags, whether what is asked for is that run, what the Trainer forgets.
+"""Going on from a checkpoint: its model and state, the steps that are left, what the Trainer forgets.
 
-Refused (exit code 2): a directory that is no checkpoint or not a whole one, flags that make it another run, other
-rows.
+Refused (exit code 2): a directory that is no checkpoint or not a whole one. plan.py has the flags of its run.
 """
 
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
 import sys
 import threading
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -27,145 +24,7 @@ from transformers.trainer_callback import ExportableState
 from sft.messages import NOTHING_SAVED, Refused, choice, end_by_ctrl_c, note, read_json
 from sft.model.directory import ModelDirectory
 from sft.model.weight_files import open_tensors
-from sft.training.environment import number_of_processes, read_deepspeed_file
 from sft.training.save import save_dtype
-
-# Said by each start anew: where things are, and what has no effect.
-OF_A_START = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "train_data_file", "model_name_or_path"}
-OF_A_START |= {"tokenizer_name_or_path", "any_base", "local_rank", "hub_token", "ddp_timeout", "do_train", "do_eval"}
-OF_A_START |= {"do_predict", "complex_data", "use_dummy_data", "model_size", "type_vocab_size", "layer_norm_eps"}
-# The checkpoint's unless given: how long, saving, logging, evaluating, reporting, and what changes no value.
-MAY_CHANGE = re.compile(
-    r"max_steps|num_train_epochs|(save|log|logging|hub|trackio|ddp)_\w+|eval_(?!split)\w+"
-    r"|dataloader_(num|pin|persistent|prefetch|multiprocessing)_\w+|(load|metric)_\w*best_model\w*|greater_is_better"
-    r"|\w+_full_eval|batch_eval_metrics|include_\w+|prediction_loss_only|per_device_eval_batch_size|probe_file"
-    r"|early_stopping_patience|report_to|run_name|project|push_to_hub|disable_tqdm|skip_memory_metrics|debug"
-    r"|(gradient|activation)_checkpointing(_kwargs)?|make_moe_param_leaf_module|preprocessing_num_workers|cache_dir"
-    r"|use_cpu|trust_remote_code|torch_empty_cache_steps|enable_jit_checkpoint|restore_callback\w+"
-)
-# What checkpoints of earlier releases, and of other programs, do not say.
-MUST_BE_KNOWN = ("max_seq_length", "packing", "train_on", "overlong")
-NOT_KNOWN = ("eval_split", "model_code", "trainable_params", "train_attention_params_only", "router_aux_loss_coef")
-
-
-# ------------------------------------------------------------------------------------------------ the same run
-
-
-class Inert(tuple):
-    """Stands for every class that a pickled file names, so that reading it runs no code: what it is made of."""
-
-    def __new__(cls, *parts):
-        return super().__new__(cls, parts)
-
-
-def read_plan(checkpoint: Path) -> dict[str, Any]:
-    """{flag: value} of the run that a checkpoint is of, and its `processes`, `num_rows`, `num_examples`, as far as the
-    checkpoint says; refuses one whose training_args.bin is missing or damaged."""
-    file = checkpoint / "training_args.bin"
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        with torch.serialization.safe_globals([(Inert, name) for name in names]):
-            stored = vars(torch.load(file, weights_only=True))
-    except Exception as error:  # damaged files raise anything
-        why = "is missing" if not file.exists() else f"cannot be read ({type(error).__name__})"
-        raise Refused(f"--resume_from_checkpoint {checkpoint}: training_args.bin {why}") from error
-    if "plan" in stored:
-        return stored["plan"]
-    # Of an earlier release or another program: Hugging Face's arguments alone, after their own checks.
-    plan = {n: str(v[-1]).lower() if isinstance(v, Inert) else v for n, v in stored.items() if v != Inert()}
-    plan |= {"use_cpu": False, "gradient_checkpointing": plan.pop("activation_checkpointing", None)}
-    if isinstance(plan.get("deepspeed"), str):
-        plan["deepspeed"] = read_deepspeed_file(plan["deepspeed"])
-    if not plan.get("save_on_each_node"):
-        plan["processes"] = len(list(checkpoint.glob("rng_state*.pth"))) or 1
-    plan["use_lora"] = (checkpoint / "adapter_config.json").is_file()
-    if plan["use_lora"]:
-        adapter = read_json(checkpoint / "adapter_config.json")
-        plan |= {"lora_rank": adapter.get("r"), "lora_target_modules": adapter.get("target_modules")}
-        plan |= {key: adapter.get(key) for key in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
-    return plan
-
-
-def go_on_with(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a run that goes on: the checkpoint's, and what is given anew.
-
-    Args:
-        given: the flags that are given, `resume_from_checkpoint` among them.
-        defaults: every flag's default.
-
-    Refuses, in one message with both values, what is given and would make it another run.
-    """
-    checkpoint = Path(given["resume_from_checkpoint"])
-    read_trainer_state(checkpoint)
-    plan = read_plan(checkpoint)
-    unknown = [f"--{name}" for name in (*MUST_BE_KNOWN, *NOT_KNOWN) if name not in plan and name not in given]
-    if needed := [flag for flag in unknown if flag[2:] in MUST_BE_KNOWN]:
-        raise Refused(
-            f"--resume_from_checkpoint {checkpoint}: was saved by an earlier release or another program and does not "
-            f"record {', '.join(needed)}. Give the values that its run had"
-        )
-    if unknown:
-        note(f"{checkpoint} does not record {', '.join(unknown)}: taken as not given")
-    asked = {name: value for name, value in given.items() if name not in OF_A_START and not MAY_CHANGE.fullmatch(name)}
-    known = dict(plan)
-    if "deepspeed" in asked:
-        now, then = zero_of(read_deepspeed_file(asked.pop("deepspeed"))), zero_of(plan.get("deepspeed"))
-        for part in {"deepspeed"} if now["deepspeed"] != then["deepspeed"] else now.keys() | then.keys():
-            asked[part], known[part] = now.get(part, "none"), then.get(part, "none")
-    asked["processes"] = number_of_processes()
-    both = {name: (spelled(value), spelled(known[name])) for name, value in asked.items() if name in known}
-    differ = [f"{'--' * (n in defaults)}{n} {now} (the run: {then})" for n, (now, then) in both.items() if now != then]
-    if differ:
-        raise Refused(
-            f"--resume_from_checkpoint {checkpoint}: these differ from its run: {'; '.join(differ)}. Leave a flag out "
-            f"to keep the run's value. To begin a new run from the weights: --model_name_or_path {checkpoint}"
-        )
-    for flag, winner in (("num_train_epochs", "max_steps"), ("gradient_checkpointing", "activation_checkpointing")):
-        if flag in given:  # the run's would win over it
-            plan.pop(winner, None)
-    return defaults | {n: v for n, v in plan.items() if n in defaults and n not in OF_A_START} | given
-
-
-def spelled(value: Any) -> str:
-    """A flag's value as text: 0 and 0.0 are one, and the order in a list does not matter."""
-    if isinstance(value, list):
-        return " ".join(sorted(map(str, value)))
-    return f"{value:.15g}" if isinstance(value, float) else str(value)
-
-
-def zero_of(config: dict | None) -> dict[str, str]:
-    """What of a DeepSpeed configuration is a run's: its stage and offload as `deepspeed`, and its other parts, without
-    sizes and reports."""
-    if config is None:
-        return {"deepspeed": "none"}
-    zero = config.get("zero_optimization", {})
-    places = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
-    stage = f"ZeRO-{zero.get('stage', 0)}" + f", offload to {' and '.join(places)}" * (set(places) != {"none"})
-    others = sorted(config.keys() - {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "aio"})
-    return {"deepspeed": stage} | {f"deepspeed {key}": json.dumps(config[key], sort_keys=True) for key in others}
-
-
-def plan_of(values: dict[str, Any], training: TrainingArguments) -> dict[str, Any]:
-    """What a checkpoint says of its run: the flags as they were given or defaulted, before anything was derived."""
-    plan = {name: value for name, value in values.items() if name not in OF_A_START}
-    plan["eval_data_file"] = [os.path.abspath(path) for path in plan["eval_data_file"]]  # from wherever it goes on
-    plan["probe_file"] = plan["probe_file"] and os.path.abspath(plan["probe_file"])
-    return plan | {"deepspeed": training.deepspeed, "processes": training.world_size}
-
-
-def keep_rows(training: TrainingArguments, examples: Any, figures: dict[str, int]) -> None:
-    """Let checkpoints say how many rows there are, and which; refuses others than the run began with."""
-    resume = training.resume_from_checkpoint
-    known = read_plan(Path(resume)) if resume else {}
-    hashes = examples.rows.data.column("row_hash").to_numpy()[examples.index]
-    now = {name: figures[name] for name in ("num_rows", "num_examples")} | {"rows_checksum": zlib.crc32(hashes)}
-    for name, value in now.items():
-        if known.get(name, value) != value:
-            raise Refused(f"--train_data_file: {name}: {value} (the run: {known[name]}): these are not the run's rows")
-    training.plan |= now
-
-
-# ------------------------------------------------------------------------------------------------ the checkpoint
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
@@ -180,7 +39,7 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def take_up(args, training: TrainingArguments) -> str | None:
+def find_checkpoint(args, training: TrainingArguments) -> str | None:
     """With --resume_from_checkpoint, take model and tokenizer from there; an adapter's base from its config if none is
     given.
 
@@ -354,7 +213,8 @@ class GoOn(TrainerCallback, ExportableState):
         """Until Ctrl-C. In a thread: the main one may be in a collective, which does not end once a peer has gone."""
         while os.read(end, 1)[0] != signal.SIGINT:
             pass
-        end_by_ctrl_c(f"at step {state.global_step}", self.command(args) if self.saved else NOTHING_SAVED)
+        how_to_go_on = self.command(args) if self.saved else NOTHING_SAVED
+        end_by_ctrl_c(f" at step {state.global_step}. {how_to_go_on}")
 
     def on_save(self, args, state, control, **kwargs):
         self.saved = str(Path(args.output_dir, f"checkpoint-{state.global_step}"))
