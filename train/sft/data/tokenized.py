@@ -30,7 +30,8 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from sft.data.rows import Report, Unreadable, read_lines
+from sft.data.report import Report
+from sft.data.rows import Unreadable, read_lines
 from sft.messages import Refused
 from sft.processes import die_with_parent
 
@@ -39,7 +40,7 @@ WORTH_A_WORKER = 2**23  # bytes of rows for which one more process starts
 MOST_WORKERS = 16
 A_DAY = 86_400  # seconds after which what another pass left behind is nobody's
 RACY = 2 * 10**9  # nanoseconds within which a file may change again without its times telling
-CODE = [Path(__file__).with_name(name) for name in ("rows.py", "chat_format.py", "examples.py", "tokenized.py")]
+CODE = sorted(Path(__file__).parent.glob("*.py"))
 
 Line = tuple[int, bytes | None]
 Encode = Callable[[list[Line]], tuple[pa.Table, Report]]
