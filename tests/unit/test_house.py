@@ -15,7 +15,7 @@ ROOMS = (
     ("sft.start",),
     ("sft.merging", "sft.training", "sft.nodes"),
     ("sft.model",),
-    ("sft.arguments",),
+    ("sft.parser", "sft.arguments"),
     ("sft.data",),
     ("sft.messages", "sft.processes"),
 )

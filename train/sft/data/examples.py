@@ -168,25 +168,6 @@ class Examples(torch.utils.data.Dataset):
         }
 
 
-def load_data(args, tokenizer: PreTrainedTokenizerBase, options: Options) -> tuple["Examples", "Examples | None"]:
-    """The rows to train on and to evaluate on, as arguments.DataArguments says."""
-    how = (tokenizer, options, args.bad_rows, args.preprocessing_num_workers)
-    examples, evaluation = load_examples(args.train_data_file, *how), None
-    if args.eval_data_file:
-        evaluation = load_examples(args.eval_data_file, *how, flag="--eval_data_file")
-    elif args.eval_split:
-        examples, evaluation = examples.split(args.eval_split)
-        if not len(examples) or not len(evaluation):
-            raise Refused(
-                f"--eval_split {args.eval_split}: leaves no row to {'evaluate' if len(examples) else 'train'} on"
-            )
-    note(
-        f"{examples.report.counts['rows']} rows: {len(examples)} sequences to train on"
-        + (f", {len(evaluation)} to evaluate on" if evaluation else "")
-    )
-    return examples, evaluation
-
-
 def load_examples(
     patterns: list[str],
     tokenizer: PreTrainedTokenizerBase,

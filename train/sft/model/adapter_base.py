@@ -59,13 +59,14 @@ def is_same_tensor(one: list, other: list) -> bool:
     return one[1] == other[1] and all(math.isclose(*pair, rel_tol=relative, abs_tol=absolute) for pair in pairs)
 
 
-def record_base(model: Any, base: ModelDirectory, adapter_code: str) -> bytes:
+def record_base(model: Any, base: ModelDirectory) -> bytes:
     """The content of base.json. Makes the adapter name the base that is used, as a path from any directory. Refuses a
-    model of other code than `adapter_code`, which trained the resumed adapter (auto: any)."""
+    model of other code than trained the resumed adapter."""
     inner = model.get_base_model()
     code = "native" if is_transformers_own(inner) else "remote"
-    if adapter_code not in ("auto", code):
-        raise Refused(f"--model_code, --trust_remote_code: allow {adapter_code} code, which trained the adapter")
+    if base.adapter_code not in ("auto", code):
+        trained_by = f"{base.adapter_code} code, which trained the adapter"
+        raise Refused(f"--model_code, --trust_remote_code: allow {trained_by}")
     path = model.peft_config["default"].base_model_name_or_path = base.base_name
     record = {"path": path, "class": type(inner).__name__, "code": code, "tensors": fingerprint(base, code)}
     return json.dumps(record, separators=(",", ":")).encode()

@@ -63,6 +63,7 @@ class ModelDirectory:
         self.tokenizer_path = Path(tokenizer) if tokenizer is not None else self.path
         self.trusted, self.tokenizer_trusted, self.model_code = trusted, tokenizer_trusted, model_code
         self.name, self.hub_id = name or str(path), hub_id
+        self.adapter_code = "auto"  # the code that trained the adapter that is loaded, as `model_code`
         self.added: dict[str, bytes] = {}  # files that saved directories get, beside the directory's own
 
     def check(self) -> None:
@@ -221,7 +222,7 @@ class ModelDirectory:
     def files(self) -> dict[str, Path]:
         """{name: path} of what belongs to the model beside weights and config.json; the tokenizer's own files win.
         Prints what else is there."""
-        found = files_of_a_model(self.tokenizer_path)
+        found = files_of_a_model(self.tokenizer_path) if self.tokenizer_path else {}
         if self.path and not self.path.samefile(self.tokenizer_path):
             found = files_of_a_model(self.path) | found
         return found

@@ -20,6 +20,7 @@ from transformers import (
 from sft.arguments import ModelArguments, TrainingArguments
 from sft.data.tokenized import fingerprint
 from sft.messages import Refused, choice, note
+from sft.model.adapter_base import record_base
 from sft.model.directory import ModelDirectory
 from sft.model.moe import moe_layers, route_in_fp32
 from sft.model.pretrained import first_line, load_pretrained, load_tokenizer
@@ -86,9 +87,9 @@ def may_run_code(args: ModelArguments, path: str | None) -> bool:
     return path not in args.hub_ids if args.trust_remote_code is None else args.trust_remote_code
 
 
-def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: ModelDirectory, checkpoint: str) -> None:
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: ModelDirectory, checkpoint: Path) -> None:
     """Refuse another tokenizer or template than the checkpoint's: its run is of other tokens."""
-    its_own = load_tokenizer(Path(checkpoint), directory.tokenizer_trusted)
+    its_own = load_tokenizer(checkpoint, directory.tokenizer_trusted)
     if fingerprint(tokenizer) != fingerprint(its_own):
         raise Refused(f"--tokenizer_name_or_path {directory.tokenizer_path}: is not the tokenizer of {checkpoint}")
 
@@ -101,7 +102,7 @@ def load_model(
     training: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     directory: ModelDirectory,
-    checkpoint: str | None = None,
+    checkpoint: Path | None = None,
 ) -> PreTrainedModel:
     """The model that is trained, with its adapter and with what stays as it is frozen.
 
@@ -132,6 +133,7 @@ def load_model(
         from sft.model.lora import add_adapter
 
         model = add_adapter(model, args, checkpoint)
+        directory.added["base.json"] = record_base(model, directory)
         if args.train_attention_params_only:
             note("--train_attention_params_only has no effect: with --use_lora only the adapter is trained")
     else:
@@ -248,9 +250,3 @@ def accepts_loss_kwargs(model: PreTrainedModel) -> bool:
     """Whether the model's own loss can be over the whole step: its forward pass takes further arguments."""
     parameters = inspect.signature(without_adapter(model).forward).parameters.values()
     return any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
-
-
-def number_of_parameters(model: PreTrainedModel, trained: bool = False) -> int:
-    """Parameters of the model, or those that are trained; under ZeRO-3 their full size."""
-    parameters = [p for p in model.parameters() if p.requires_grad or not trained]
-    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)

@@ -27,6 +27,7 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
     Returns whether there is an earlier run to set aside, once the new one is about to begin.
     """
     output = Path(args.output_dir)
+    lock_output_dir(args)
     if output.exists() and not output.is_dir():
         raise Refused(f"--output_dir {output}: is a file")
     resumed = args.resume_from_checkpoint and Path(args.resume_from_checkpoint).resolve().parent == output.resolve()
@@ -83,6 +84,13 @@ def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
         torch.distributed.all_gather_object(ranks, why)
     if any(ranks):
         raise Refused(next(filter(None, ranks)))
+
+
+def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:
+    """Keep other jobs out, and set an earlier run aside: this one begins. All ranks must call."""
+    lock_output_dir(args, begin=True)
+    if earlier_run and args.should_save:
+        set_aside(Path(args.output_dir))
 
 
 def set_aside(output_dir: Path) -> None:

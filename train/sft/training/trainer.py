@@ -93,6 +93,7 @@ class Trainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self.meter = meter
         self.companions = companions
+        companions.hold()
         self.masters: dict[str, torch.Tensor] = {}  # on the saving rank while it saves, see masters_to_save
         self.unlogged = 0.0
         self.add_callback(meter)
