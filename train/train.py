@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     data = load_data(data_args, start.tokenizer, training_args.seed)
     keep_rows(training_args, data.examples, data.figures)
     if start.checkpoint and not steps_left(start.checkpoint, training_args, len(data.train), model_args.given):
-        write_final_files(start, training_args, model_args.any_base, data.figures)
+        write_final_files(start.checkpoint, start.directory, training_args, model_args.any_base, data.figures)
         return
     probe = Probe(training_args.probe_file, start.tokenizer) if training_args.probe_file else None
 

@@ -89,7 +89,8 @@ class Adapter:
 
 def plan_updates(adapter: Adapter, base: ModelDirectory) -> dict[str, Update]:
     """{base tensor: its Update}; refuses unless every tensor of the adapter has its place."""
-    updates, unfit, known = {}, [], set()
+    updates: dict[str, Update] = {}
+    unfit, known = [], set()
     for lora_A in (key for key in adapter.shapes if key.endswith(".lora_A.weight")):
         prefix = lora_A.removesuffix(".lora_A.weight")
         known |= {lora_A, f"{prefix}.lora_B.weight", f"{prefix}.base_layer.weight"}  # PEFT saves a head's own as well
@@ -214,7 +215,8 @@ def plan_files(base: ModelDirectory, asked: str | None, max_shard_size: int) -> 
 
 def split_files(tensors: dict[str, Stored], sizes: dict[str, int], limit: int) -> list[tuple[str, list[str]]]:
     """[(file to write, its tensors)]: the base's files; one above `limit` bytes is split, all are renumbered."""
-    parts, filled = [], 0
+    parts: list[tuple[str, list[str]]] = []
+    filled = 0
     for name, tensor in tensors.items():
         if not parts or parts[-1][0] != tensor.file or filled + sizes[name] > limit:
             parts.append((tensor.file, []))

@@ -59,8 +59,8 @@ class ModelDirectory:
         name: str | None = None,
         hub_id: str | None = None,
     ):
-        self.path = Path(path) if path is not None else None
-        self.tokenizer_path = Path(tokenizer) if tokenizer is not None else self.path
+        self.path: Any = Path(path) if path is not None else None
+        self.tokenizer_path: Any = Path(tokenizer) if tokenizer is not None else self.path
         self.trusted, self.tokenizer_trusted, self.model_code = trusted, tokenizer_trusted, model_code
         self.name, self.hub_id = name or str(path), hub_id
         self.adapter_code = "auto"  # the code that trained the adapter that is loaded, as `model_code`
@@ -139,7 +139,7 @@ class ModelDirectory:
             return runs_own_code(self.config, self.model_code)
         return self.runs_code and "AutoModelForCausalLM" in (self.config.get("auto_map") or {})
 
-    def native_class(self) -> tuple[type, Any]:
+    def native_class(self) -> tuple[Any, Any]:
         """transformers' own class for it, and its configuration."""
         return native_class(self.path, self.config)
 
@@ -175,7 +175,7 @@ class ModelDirectory:
     def dtype(self) -> tuple[str, str]:
         """(the dtype of the directory, as headers spell it; why): that of config.json if any tensor has it, else that
         of most bytes."""
-        stored = Counter()
+        stored: Counter[str] = Counter()
         for tensor in self.tensors.values():
             stored[tensor.dtype] += tensor.nbytes
         told = str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.")

@@ -72,7 +72,7 @@ def same_in_all_layers(config: dict[str, Any], name: str) -> Any:
     return values
 
 
-def native_class(path: Path, config: dict[str, Any]) -> tuple[type, Any]:
+def native_class(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
     """transformers' own class for a directory of any generation, and its configuration."""
     import transformers  # takes seconds: only here
 

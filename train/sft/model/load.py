@@ -45,7 +45,7 @@ def fetch(args: ModelArguments) -> None:
             setattr(args, flag, snapshot_download(path, cache_dir=args.cache_dir))
         except (OSError, ValueError) as error:
             raise Refused(f"--{flag} {path}: no such directory, and not fetched: {first_line(error)}") from error
-        args.hub_ids = args.hub_ids | {getattr(args, flag): path}
+        args.hub_ids[getattr(args, flag)] = path
 
 
 def open_directory(args: ModelArguments, packing: str = "none") -> ModelDirectory:
@@ -63,7 +63,7 @@ def open_directory(args: ModelArguments, packing: str = "none") -> ModelDirector
         tokenizer_trusted=may_run_code(args, tokenizer or path),
         model_code=args.model_code,
         name=f"--model_name_or_path {path}",
-        hub_id=args.hub_ids.get(path),
+        hub_id=args.hub_ids.get(path or ""),
     )
     if path is None:
         from sft.model.from_flags import check_architecture

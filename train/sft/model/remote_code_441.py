@@ -42,7 +42,7 @@ def load_class(path: str, auto_map: dict) -> type[PreTrainedModel]:
     package = cls.__module__.rpartition(".")[0]
     for name, module in list(sys.modules.items()):
         if name.startswith(package) and not hasattr(module, "logger"):
-            module.logger = logging.get_logger(name)
+            setattr(module, "logger", logging.get_logger(name))  # noqa: B010
     for base in cls.__mro__:  # a list until transformers 5: what is tied, and not to what
         if isinstance(tied := base.__dict__.get("_tied_weights_keys"), list):
             base._tied_weights_keys = dict.fromkeys(tied, "model.embed_tokens.weight")

@@ -39,8 +39,8 @@ def open_tensors(path: Path) -> Any:
 
 def read_headers(directory: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     """(index, {name: Stored} file by file) of a directory's weights; no index is {}."""
-    index = {}
-    names_of = {"model.safetensors": set()}
+    index: dict[str, Any] = {}
+    names_of: dict[str, set[str]] = {"model.safetensors": set()}
     if not (directory / "model.safetensors").is_file():  # loaders, too, look for it first
         if not (directory / INDEX).is_file():
             raise Refused(f"{directory}: holds no model.safetensors and no {INDEX}. {CONVERT}")
@@ -91,7 +91,8 @@ def names_in_model(model: Any, names: Iterable[str]) -> dict[str, list[str]]:
     mapping = get_model_conversion_mapping(model)
     renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
-    own, found = set(model.state_dict()), {}
+    own = set(model.state_dict())
+    found: dict[str, list[str]] = {}
     for name in names:
         renamed = name if name in own else rename_source_key(name, renamings, converters)[0]
         found.setdefault(renamed, []).append(name)

@@ -42,7 +42,8 @@ class GoOn(TrainerCallback, ExportableState):
     Ctrl-C, what was saved last and the command that goes on."""
 
     def __init__(self, trainer: transformers.Trainer, train_data_file: list[str]):
-        self.trainer, self.train_data_file, self.saved = trainer, train_data_file, None
+        self.trainer, self.train_data_file = trainer, train_data_file
+        self.saved = ""  # the last checkpoint of this process
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps, as losses_so_far() returns it."""

@@ -6,6 +6,7 @@ Refused (exit code 2): what is not; also one that is, or would be moved with, th
 import fcntl
 import time
 from pathlib import Path
+from typing import IO
 
 import torch
 from transformers import TrainingArguments
@@ -14,11 +15,13 @@ from sft.messages import Refused, first_few, note
 from sft.model.files import files_of_a_model
 
 # What a run puts at the top of its directory, beside the files of a model.
-RUN_FILES = ("checkpoint-*", "*.safetensors*", "config.json", "adapter_config.json", "train*_results.json")
-RUN_FILES += ("trainer_state.json", "training_args.bin", "base.json", "kept_in_fp32.json")
+RUN_FILES = (
+    "checkpoint-*", "*.safetensors*", "config.json", "adapter_config.json", "train*_results.json",
+    "trainer_state.json", "training_args.bin", "base.json", "kept_in_fp32.json",
+)  # fmt: skip
 MODEL_MARKS = ("config.json", "adapter_config.json", "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin")
 LOCK = ".lock"
-locks = {}  # {path: open file}, for as long as this process lives
+locks: dict[Path, IO] = {}  # {path: open file}, for as long as this process lives
 
 
 def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_path: str | None) -> bool:

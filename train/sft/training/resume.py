@@ -150,7 +150,9 @@ def steps_left(checkpoint: Path, args: TrainingArguments, num_examples: int, giv
     return max(0, end - state["global_step"])
 
 
-def write_final_files(start: Start, args: TrainingArguments, any_base: bool, figures: dict[str, Any]) -> None:
+def write_final_files(
+    checkpoint: Path, directory: ModelDirectory, args: TrainingArguments, any_base: bool, figures: dict[str, Any]
+) -> None:
     """Write the final files of a run whose last step is in the checkpoint: no step is left to make. All ranks must
     call.
 
@@ -158,11 +160,11 @@ def write_final_files(start: Start, args: TrainingArguments, any_base: bool, fig
         any_base: an adapter's files go on naming the base that the checkpoint names, and not the one that is used.
         figures: for train_results.json, beside the step and the mean loss.
     """
-    note(f"{start.checkpoint} is the end of a finished run: no step is left, its final files are written")
+    note(f"{checkpoint} is the end of a finished run: no step is left, its final files are written")
     lock_output_dir(args, begin=True)  # all ranks have looked at output_dir then
     if not args.should_save:
         return
-    output, checkpoint, directory = Path(args.output_dir), start.checkpoint, start.directory
+    output = Path(args.output_dir)
     state = read_trainer_state(checkpoint)
     best = checkpoint.with_name(Path(state.get("best_model_checkpoint") or checkpoint).name)
     weights = best if args.load_best_model_at_end and best.is_dir() else checkpoint
