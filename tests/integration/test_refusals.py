@@ -100,7 +100,8 @@ def test_train_sh_refuses_before_it_starts_anything(env, flags, says, tmp_path):
 def test_an_unknown_number_of_gpus_is_not_0(tmp_path):
     """T15: refused, unless it is given."""
     train = shutil.copytree(TRAIN, tmp_path / "train", ignore=shutil.ignore_patterns("output", "__pycache__"))
-    (train / "sft" / "nodes" / "agent.py").write_text("def number_of_gpus(env):\n    return None\n")
+    with (train / "sft" / "nodes" / "agent.py").open("a") as file:
+        file.write("\n\ndef number_of_gpus(env):\n    return None\n")
     command, env = ["bash", str(train / "train.sh")], {"MODEL_PATH": "m"}
     run = run_command(command, env=env)
     assert run.returncode == 2 and "nvidia-smi -pm 1" in run.stderr, run.stderr

@@ -70,7 +70,7 @@ class ModelArguments:
     lora_alpha: int = option(128, "The adapter's output is scaled by alpha / rank.")
     lora_dropout: float = option(0.0, "Dropout on the adapter's input, from 0 to 1.")
     lora_target_modules: list[str] | None = option(
-        None, "Module names, all-linear, shared_mlp or experts. Default: the attention's projections."
+        None, "Module names, all-linear, shared_mlp or experts. Default: attention projections."
     )
     use_rslora: bool = option(False, "Scale the adapter by alpha / sqrt(rank) (rsLoRA).")
     use_dora: bool = option(False, "Train the magnitudes of the weights' columns beside the adapter (DoRA).")
@@ -92,9 +92,7 @@ class DataArguments:
     max_seq_length: int = option(4096, "Tokens a row at most; what is beyond is cut off.")
     eval_data_file: list[str] = option(text="jsonl files or globs to evaluate on.", factory=list)
     eval_split: float | None = option(None, "Share of the training rows to split off and evaluate on, by row hash.")
-    train_on: Literal["all", "last"] = option(
-        "all", 'Supervised turns: all, or after the last user message; not "weight": 0.'
-    )
+    train_on: Literal["all", "last"] = option("all", "Supervised turns: all, or those after the last user message.")
     overlong: Literal["truncate", "drop", "error"] = option("truncate", "What is done with a row over max_seq_length.")
     bad_rows: Literal["error", "skip"] = option("error", "End before the model is loaded, or leave them out.")
     packing: Literal["none", "batch", "bin"] = option(
@@ -118,9 +116,7 @@ class TrainingArguments(transformers.TrainingArguments):
     early_stopping_patience: int | None = option(
         None, "Stop after so many evaluations without a better metric_for_best_model."
     )
-    probe_file: str | None = option(
-        None, "jsonl of conversations: their last answers are asked for before and after, and scored."
-    )
+    probe_file: str | None = option(None, "jsonl of conversations; asked before and after training, and scored.")
     report_to: None | str | list[str] = option("tensorboard", "Where the curves go: tensorboard, wandb, none, ….")
     logging_nan_inf_filter: bool = option(False, "Hide a non-finite loss in the log. Off: such a loss ends the run.")
 

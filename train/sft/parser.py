@@ -7,7 +7,6 @@ parse.
 import argparse
 import difflib
 import json
-import re
 from dataclasses import MISSING, Field, fields
 from enum import Enum
 from pathlib import Path
@@ -107,10 +106,8 @@ def help_text() -> str:
     by_name = {f.name: f for f in settable()}
     ours = [f.name for f in (*fields(ModelArguments), *fields(DataArguments))]
     ours += [name for name in TrainingArguments.__annotations__ if name in by_name]
-    lines = [
-        "usage: bash train.sh     [config.yaml | config.json] [--flag value …]   (variables: at the top of train.sh)"
-    ]
-    lines += ["       python train.py   [config.yaml | config.json] [--flag value …]"]
+    lines = ["usage: bash train.sh    [config.yaml | config.json] [--flag value …]    (variables: at its top)"]
+    lines += ["       python train.py  [config.yaml | config.json] [--flag value …]"]
     for name in ours:
         if name in HEADINGS:
             lines += ["", f"{HEADINGS[name]}:"]
@@ -118,16 +115,16 @@ def help_text() -> str:
     lines += ["", "Of older scripts, without effect:"]
     lines += [f"  {'--' + name:<33} No effect: {why}." for name, why in NO_EFFECT.items()]
     lines += ["", "Hugging Face's TrainingArguments:"]
-    lines += [help_line(f) for f in fields(transformers.TrainingArguments) if f.init and f.name not in ours]
+    theirs = [f for f in fields(transformers.TrainingArguments) if f.init and f.name not in ours]
+    lines += [help_line(f, sentences=1) for f in theirs]
     return "\n".join(lines) + "\n"
 
 
-def help_line(f: Field) -> str:
-    """A flag with its choices, what it does in one sentence, and its default where that is a value."""
+def help_line(f: Field, sentences: int | None = None) -> str:
+    """A flag with its choices, the first `sentences` of its help, and its default where that is a value."""
     choices = get_args(f.type) if getattr(f.type, "__origin__", None) is Literal else ()
     flag = f"--{f.name}" + (f" {{{','.join(choices)}}}" if choices else "")
-    text = f.metadata["help"].replace("%%", "%")
-    text = re.split(r"(?<=\.) (?!Default)", text)[0] if f.name not in dir(ModelArguments) else text
+    text = ". ".join(f.metadata["help"].replace("%%", "%").split(". ")[:sentences])
     default = f.default.value if isinstance(f.default, Enum) else f.default
     if default not in (None, MISSING, False, "") and "Default" not in text:
         text = f"{text.removesuffix('.')} (default {default})."
