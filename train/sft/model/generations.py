@@ -5,6 +5,7 @@ hunyuan_v1 classes compute the same model they are taken (`--model_code auto`): 
 faster. Refuses `--model_code native` for a model that these classes do not compute.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def native_class(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
     experts = config.get("num_experts") or 1
     experts = experts[0] if isinstance(experts, list) else experts
     cls = transformers.HunYuanMoEV1ForCausalLM if experts > 1 else transformers.HunYuanDenseV1ForCausalLM
+    config = copy.deepcopy(config)  # the class changes rope_scaling
     kept = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "architectures")}
     kept["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     return cls, cls.config_class(**kept | {"num_experts": experts})
