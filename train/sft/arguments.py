@@ -81,7 +81,7 @@ class ModelArguments:
     router_aux_loss_coef: float = option(0.0, "Weight of the routers' load-balancing loss.")
 
     hub_ids: ClassVar[dict[str, str]] = {}  # {directory: the hub id whose files were fetched into it}
-    given = frozenset()  # the flags that this start was given
+    given = frozenset[str]()  # the flags that this start was given
 
 
 @dataclass
@@ -124,7 +124,7 @@ class TrainingArguments(transformers.TrainingArguments):
     group_by_length: bool = option(False, "Batches of rows of similar length (--train_sampling_strategy).")
     logging_dir: str | None = option(None, "Where TensorBoard's files go. Default: output_dir/runs/<time>.")
 
-    plan = None  # the run's flags, which its checkpoints keep; see training/plan.py
+    plan = dict[str, Any]()  # the run's flags, which its checkpoints keep; see training/plan.py
 
     def __getstate__(self) -> dict:
         """For training_args.bin: without a token."""
@@ -153,7 +153,12 @@ def settable() -> list[Field]:
 
 def defaults() -> dict[str, Any]:
     """Every flag's default."""
-    return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in settable()}
+    return {f.name: default_of(f) for f in settable()}
+
+
+def default_of(f: Any) -> Any:
+    """A field's default; a new one where it can be changed."""
+    return f.default if f.default is not MISSING else f.default_factory()
 
 
 # ------------------------------------------------------------------------------------------------ the checks
@@ -259,7 +264,12 @@ def set_lowest_rate(values: dict[str, Any]) -> None:
 
 def build(values: dict[str, Any]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The three dataclasses, of all flags' values; refuses what only they show together."""
-    model, data, training = (cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in GROUPS)
+
+    def of(cls: Any) -> dict[str, Any]:
+        return {f.name: values[f.name] for f in fields(cls) if f.init}
+
+    model, data = ModelArguments(**of(ModelArguments)), DataArguments(**of(DataArguments))
+    training = TrainingArguments(**of(TrainingArguments))
     kwargs = training.activation_checkpointing_kwargs or {}
     if model.router_aux_loss_coef and training.activation_checkpointing and kwargs.get("use_reentrant"):
         raise Refused("--router_aux_loss_coef: gets no gradient with use_reentrant in --gradient_checkpointing_kwargs")

@@ -60,7 +60,7 @@ def run_script(
     main: Callable[[], object],
     stopped: str = "",
     all_refuse: Callable[[], bool] = lambda: False,
-    leave: Callable[[int], NoReturn] = sys.exit,
+    leave: Callable[[int | str], NoReturn] = sys.exit,
 ) -> NoReturn:
     """Run a script's `main`, then end the process: with 0, with 2 and one message where it refuses, at Ctrl-C by the
     signal.
@@ -70,7 +70,7 @@ def run_script(
         all_refuse: of several ranks, waits for the others and returns whether all of them refuse.
         leave: ends the process with an exit code.
     """
-    code = 0
+    code: int | str = 0
     try:
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is tidied up

@@ -42,8 +42,10 @@ FLAG_OF = {
     "DS_CONFIG": "deepspeed",
 }
 # What a run that goes on is started with again.
-WHERE = ("HOST_GPU_NUM", "CUDA_VISIBLE_DEVICES", "NODE_IP_LIST", "IP_LIST", "LOCAL_IP", "SSH_PORT", "MASTER_PORT")
-WHERE += ("NET_IFNAME", "FORWARD")
+WHERE = (
+    "HOST_GPU_NUM", "CUDA_VISIBLE_DEVICES", "NODE_IP_LIST", "IP_LIST", "LOCAL_IP", "SSH_PORT", "MASTER_PORT",
+    "NET_IFNAME", "FORWARD",
+)  # fmt: skip
 
 
 @dataclass
@@ -136,7 +138,8 @@ def choose_model(job: Job, script: str, recipe: list[str], lora: list[str], exam
 def left_of(recipe: list[str], given: dict[str, Any], gpus: int) -> list[str]:
     """The recipe without what is given, and without what a given flag excludes. Of a flag that is there twice, the
     last."""
-    values, words_of = parse_flags(recipe), {}
+    values = parse_flags(recipe)
+    words_of: dict[str, list[str]] = {}
     for word in recipe:
         if word.startswith("--"):
             flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
@@ -164,6 +167,7 @@ def logged(log: Path) -> Iterator[None]:
     kept = os.dup(1), os.dup(2)
     copier = 'trap "" INT TERM HUP; exec tee -a "$0"'
     tee = subprocess.Popen(["sh", "-c", copier, str(log)], stdin=subprocess.PIPE)
+    assert tee.stdin
     for number in (1, 2):
         os.dup2(tee.stdin.fileno(), number)
     tee.stdin.close()
@@ -231,7 +235,7 @@ def main(argv: list[str]) -> None:
         check_values(defaults() | values)
     os.environ["HOST_GPU_NUM"] = job.variables["HOST_GPU_NUM"]
     os.environ.setdefault("TQDM_MININTERVAL", "1")  # seconds; the bar goes to the log too
-    sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.exit(run(job, command))
 
 

@@ -31,7 +31,7 @@ class Data:
     examples: Examples
     train: "Examples | Bins"
     evaluation: Examples | None
-    figures: dict[str, int | float]
+    figures: dict[str, Any]
 
 
 def load_data(args: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
@@ -49,7 +49,10 @@ def load_data(args: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
             raise Refused(f"--eval_split {args.eval_split}: leaves no row to {purpose} on")
     to_evaluate = f", {len(evaluation)} to evaluate on" if evaluation else ""
     note(f"{examples.report.counts['rows']} rows: {len(examples)} sequences to train on{to_evaluate}")
-    figures = examples.figures() | {"num_examples": len(examples), "num_eval_examples": len(evaluation or ())}
+    figures: dict[str, Any] = examples.figures() | {
+        "num_examples": len(examples),
+        "num_eval_examples": len(evaluation or ()),
+    }
     if args.packing != "bin":
         return Data(examples, examples, evaluation, figures)
     bins = Bins(examples, args.max_seq_length, seed)
@@ -129,7 +132,7 @@ def plan_bins(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray
     rows = rows[np.argsort(-lengths[rows].astype(np.int64), kind="stable")]
     sorted_lengths = lengths[rows]
     begins = np.flatnonzero(np.diff(sorted_lengths, prepend=-1)).tolist() + [len(rows)]
-    bin_of = np.empty(len(rows), np.int32)  # of the row at the same place in `rows`
+    bin_of: np.ndarray = np.empty(len(rows), np.int32)  # of the row at the same place in `rows`
     free: dict[int, list[np.ndarray]] = {}  # space left → bins
     spaces: list[int] = []  # the keys of `free`, ascending
     bins = 0
