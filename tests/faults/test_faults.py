@@ -159,13 +159,12 @@ BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
         other_code,
         {},
         2,
-        r"10\.77\.0\.2: other code than on the chief \(sft/data/examples\.py\); "
-        r"run: scp -p -P 36005 \S+/sft/data/examples\.py 10\.77\.0\.2:",
+        r"10\.77\.0\.2: other code than on the chief \(sft/data/examples\.py\); make \S+ there the same as here",
     ),
-    "data missing on node 2": (no_data, {}, 2, r"10\.77\.0\.2: .*rows\.jsonl is missing; run: scp -p "),
+    "data missing on node 2": (no_data, {}, 2, r"10\.77\.0\.2: .*rows\.jsonl is missing; copy it there"),
     "wrong slots": (None, {"NODE_NUM": 5}, 2, r"NODE_NUM=5, but NODE_IP_LIST=\S+ there are 2 processes in all"),
-    "host key unknown, no terminal": (forget, {}, 2, r"10\.77\.0\.2: ssh does not know this host yet.* SHA256:\S+ "),
-    "node 2 unreachable": (unreachable, {}, 2, r"10\.77\.0\.2: (ssh: .*|no answer within 12 s); try: ssh -p 36005 "),
+    "host key unknown, no terminal": (forget, {}, 2, r"10\.77\.0\.2: ssh does not know this host yet.* run once: ssh -p 36005 10\.77\.0\.2 true"),
+    "node 2 unreachable": (unreachable, {}, 2, r"10\.77\.0\.2: ssh: .*; try: ssh -p 36005 "),
     "node 2 wants a password": (
         no_key,
         {},

@@ -1,26 +1,26 @@
-"""One node's share of a job: examine the machine, start its ranks, watch them, end them.
+"""One node of a job: examine the machine, run its ranks under torch's agent, end them.
 
-launch.py starts this on the chief and, over ssh, on every other node; nobody runs it by hand. The other nodes get this
-very text through the connection, so that what examines a node is never the node's own, perhaps older, copy. Standard
-library, and psutil where it is there.
+launch.py calls `run` itself where the job has one machine. Of several, each gets this very text through its connection,
+so that a node is never examined by its own, perhaps older, copy: nothing of this package is imported here, and psutil
+and torch only where they are needed.
 
-Both sides write one JSON object a line. From the launcher: examine, look, start, signal, end, beat; to it: examined,
-seen, output, ended, late, done, beat. No value is ever part of a command line that a shell reads. When the launcher is
-silent for SILENCE_SECONDS, or its end of the connection closes, the ranks end. A refused job leaves no file and no
-directory that was made here.
+Both sides write one JSON object a line. From the launcher: examine, look, start, signal, refused, and {} every few
+seconds; to it: examined, seen, output, late, failed, done. When the launcher closes its end, or is silent for
+SILENCE_SECONDS, the ranks end. A refused job leaves no file and no directory that was made here.
 """
 
 import codecs
 import collections
 import contextlib
-import ctypes
 import glob
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import queue
 import re
+import select
 import shutil
 import signal
 import socket
@@ -28,21 +28,29 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from collections.abc import Callable
 
-BEAT_SECONDS = 2
-SILENCE_SECONDS = 30  # without a beat: the other side, or the network to it, is gone
+SILENCE_SECONDS = 30  # the launcher, or the network to it, is gone
 KILL_SECONDS = 10  # from SIGTERM to SIGKILL
 GPU_SECONDS = 60  # for nvidia-smi: eight GPUs without persistence mode take more than 11
 GPU_DEVICES = "/dev/nvidia[0-9]*"
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "psutil")
-LIBC = ctypes.CDLL(None)
-STATES = {"T": "stopped (SIGSTOP)", "t": "stopped by a debugger", "D": "waiting for a disk", "Z": "a zombie"}
+STATES = {"stopped": "stopped (SIGSTOP)", "disk-sleep": "waiting for a disk"}
 
-
-def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Ask Linux to send this process a signal when the one that started it is gone, however it went."""
-    LIBC.prctl(1, number)  # PR_SET_PDEATHSIG
+# A rank ends with the agent, however that ends, and one process alone is no distributed job.
+RANK = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+if os.environ["WORLD_SIZE"] == "1":
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
+                 "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"):
+        del os.environ[name]
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
 
 
 # ---------------------------------------------------------------------------------------------------- examine
@@ -78,11 +86,12 @@ def code(directory: str) -> dict[str, str]:
     """{file: hash} of the scripts and DeepSpeed files of a directory, its packages included."""
     found = {}
     for folder, folders, files in os.walk(directory):
-        folders[:] = sorted(name for name in folders if name not in ("output", "example", "__pycache__"))
-        for file in sorted(file for file in files if file.endswith((".py", ".json"))):
-            with open(os.path.join(folder, file), "rb") as content:
-                name = os.path.relpath(content.name, directory)
-                found[name] = hashlib.sha256(content.read()).hexdigest()
+        folders[:] = [name for name in folders if name not in ("output", "example", "__pycache__")]
+        for file in files:
+            if file.endswith((".py", ".json")):
+                path = os.path.join(folder, file)
+                with open(path, "rb") as content:
+                    found[os.path.relpath(path, directory)] = hashlib.sha256(content.read()).hexdigest()
     return found
 
 
@@ -113,7 +122,7 @@ def interface_towards(host: str, port: int) -> str | None:
 
 
 def reach(host: str, port: int) -> str | None:
-    """What stands in the way of a connection, or None."""
+    """What prevents a connection, or None."""
     try:
         socket.create_connection((host, port), timeout=5).close()
     except OSError as error:
@@ -121,14 +130,17 @@ def reach(host: str, port: int) -> str | None:
     return None
 
 
-def writable(directory: str, marker: str, made: list[str]) -> str | None:
-    """Make a directory and put a file there; what stands in the way, or None. `made` gets the new directories, the
+def writable(marker: str, made: list[str]) -> str | None:
+    """Write the file `marker`, with its directory; what prevents it, or None. `made` gets the new directories, the
     innermost first."""
+    folder = os.path.dirname(os.path.abspath(marker))
+    parent = folder
+    while not os.path.lexists(parent):
+        made.append(parent)
+        parent = os.path.dirname(parent)
     try:
-        path = Path(directory).absolute()
-        made += [str(new) for new in (path, *path.parents) if not os.path.lexists(new)]
-        path.mkdir(parents=True, exist_ok=True)
-        with open(os.path.join(directory, marker), "w") as file:
+        os.makedirs(folder, exist_ok=True)
+        with open(marker, "w") as file:
             file.write("x" * 4096)
     except OSError as error:
         return error.strerror
@@ -136,267 +148,293 @@ def writable(directory: str, marker: str, made: list[str]) -> str | None:
 
 
 def examine(wanted: dict, made: list[str]) -> dict:
-    """What the launcher compares between the nodes, seen with the variables of the ranks; `made` as in writable."""
-    os.environ.update(wanted["env"])
-    sys.path += wanted["env"].get("PYTHONPATH", "").split(":")
+    """What the launcher compares between the nodes; `made` as in writable."""
     there = os.path.isdir(wanted["cwd"])
     if there:
         os.chdir(wanted["cwd"])
-    shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
     return {
         "cwd": there,
-        "output": writable(wanted["output"], wanted["marker"], made) if there and wanted["output"] else None,
         "code": code(wanted["code"]),
         "versions": versions(),
         "paths": {path: sizes(path) for path in wanted["paths"]},
         "lacks": [file for file in wanted["resumed"] if not os.path.isfile(file)],
         "gpus": number_of_gpus(dict(os.environ)),
-        "shm": shm,
+        "shm": shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
         "interface": wanted["interface"] or interface_towards(*wanted["towards"]),
         "interfaces": [name for _, name in socket.if_nameindex()],
         "reach": reach(*wanted["reach"]) if wanted["reach"] else None,
+        "output": writable(wanted["marker"], made) if there and wanted["marker"] else None,  # last: others take time
     }
 
 
 # ------------------------------------------------------------------------------------------------------- run
 
 
-class Rank:
-    """One process of the training, in a session of its own: a signal reaches it once, through us, and its workers end
-    with it."""
+class Ranks:
+    """The ranks of this node under torch's agent, in a thread of its own: what they print, how they ended."""
 
-    def __init__(self, number: int, command: list[str], env: dict[str, str], output):
-        self.number, self.ended, self.last_words = number, False, collections.deque(maxlen=200)
-        self.process = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-        self.relay = threading.Thread(target=self.read, args=(output,), daemon=True)
-        self.relay.start()
+    root_log_dir = None  # torch asks for it, as for `reify`
 
-    def read(self, output) -> None:
-        """Relay what it prints: rank 0's at once, its progress bar too, the others' in whole lines."""
+    def __init__(self, job: dict, tell: Callable[[dict], None]):
+        self.job, self.tell = job, tell
+        self.last_words: dict[int, collections.deque] = {}
+        self.relays: list[threading.Thread] = []
+        self.processes: list = []
+        self.ended = False
+        self.failure: list | None = None  # rank, exit code (-n: signal n), the error's line
+        self.thread = threading.Thread(target=self.launch, daemon=True)
+        self.thread.start()
+
+    def launch(self) -> None:
+        """Call torch's agent, which returns when the ranks have ended, on every node where all went well."""
+        logging.disable(logging.CRITICAL)  # the agent's own words: the launcher says how a rank ended
+        job, (host, port) = self.job, self.job["master"]
+        try:
+            from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+            from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+            config = LaunchConfig(
+                min_nodes=job["nodes"],
+                max_nodes=job["nodes"],
+                nproc_per_node=job["slots"],
+                run_id="job",
+                rdzv_backend="static",
+                rdzv_endpoint=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+                rdzv_configs={"rank": job["node"]},
+                max_restarts=0,
+                logs_specs=self,
+            )
+            words = ["-ISc", RANK, str(os.getpid()), *job["command"]]
+            elastic_launch(config, sys.executable)(*(word.replace("$", "$$") for word in words))  # torch fills ${…} in
+        except ChildFailedError as error:
+            rank, code = first_failure({rank: failure.exitcode for rank, failure in error.failures.items()})
+        except Exception as error:
+            rank, code = job["first_rank"], 1
+            self.last_words[rank] = [f"{type(error).__name__}: {error}"]
+        else:
+            rank, code = None, 0
+        self.ended = True
+        for relay in self.relays:
+            relay.join(timeout=SILENCE_SECONDS)
+        if code:
+            self.failure = [rank, code, self.reason(rank)]
+
+    def reify(self, envs: dict[int, dict]):
+        """Where torch is to write each rank's output: into a pipe that is read here."""
+        from torch.distributed.elastic.multiprocessing.api import LogsDest
+
+        pipes = {}
+        for local in envs:
+            source, sink = os.pipe()
+            pipes[local] = f"/dev/fd/{sink}"
+            relay = threading.Thread(target=self.relay, args=(self.job["first_rank"] + local, source), daemon=True)
+            self.relays.append(relay)
+            relay.start()
+        return LogsDest(stdouts=pipes, stderrs=pipes, error_files=dict.fromkeys(pipes, os.devnull))
+
+    def relay(self, rank: int, source: int) -> None:
+        """Pass on what a rank prints: rank 0's at once, its progress bar too, the others' in whole lines."""
         decoder, line = codecs.getincrementaldecoder("utf-8")("replace"), ""
-        while chunk := os.read(self.process.stdout.fileno(), 1 << 16):
-            text = decoder.decode(chunk)
-            *whole, rest = re.split(r"(?<=[\r\n])", line + text)
-            self.last_words.extend(part.strip() for part in whole)
-            if self.number == 0 or whole:
-                output(text if self.number == 0 else "".join(whole))
-            line = rest
+        self.last_words[rank] = collections.deque(maxlen=200)
+        while True:
+            ended = self.ended  # before the last look
+            if not select.select([source], [], [], 0.1)[0]:
+                if ended:
+                    break
+                continue
+            text = decoder.decode(os.read(source, 1 << 16))
+            *whole, line = re.split(r"(?<=[\r\n])", line + text)
+            self.last_words[rank].extend(part.strip() for part in whole)
+            if rank == 0 or whole:
+                self.tell({"output": text if rank == 0 else "".join(whole)})
         if line:
-            self.last_words.append(line)
-            output("\n" if self.number == 0 else line + "\n")
+            self.last_words[rank].append(line)
+            self.tell({"output": "\n" if rank == 0 else line + "\n"})
+
+    def reason(self, rank: int) -> str:
+        """The last line of a rank's output that names an error, or nothing; whether the disk is full there."""
+        lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in self.last_words.get(rank, ())]  # torch puts it there
+        errors = [line for line in lines if re.match(r"([\w.]+\.)?\w*(Error|Exception)\b", line)]
+        reason = errors[-1][:300] if errors else ""
+        output = self.job["output"]
+        with contextlib.suppress(OSError):  # libraries have other words for it
+            if output and shutil.disk_usage(output).free < 1 << 16:
+                reason += f" (no space left in {output} there)"
+        return reason
+
+    def alive(self) -> list:
+        """The processes that have not ended."""
+        import psutil
+
+        if len(self.processes) < self.job["slots"]:  # torch's agent is still starting them
+            self.processes = psutil.Process().children()
+        return [process for process in self.processes if process.is_running()]
 
     def send(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, number)
+        for process in self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
-    def poll(self) -> bool:
-        """Whether it has just ended. What it started is killed before its number can be another process's."""
-        if self.ended or os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            return False
+
+def first_failure(codes: dict[int, int]) -> tuple[int, int]:
+    """Of {rank: exit code} in the order of their ends: rank and code of the one to name. A rank that ends with 1 may
+    have lost its peer, and torch's agent ends the others by SIGTERM."""
+    weights = {-signal.SIGTERM: 0, 1: 1}
+    rank = max(codes, key=lambda rank: weights.get(codes[rank], 2))
+    return rank, codes[rank]
+
+
+def run(job: dict, orders: queue.SimpleQueue, tell: Callable[[dict], None]) -> int:
+    """Run the ranks of one node to their end; the exit code of the first that failed (-n: signal n ended it), else 0.
+
+    Args:
+        job: command (without the interpreter), slots, first_rank, world_size, node (its number), nodes, master
+            [host, port], env (variables added to this process's own), output (a directory, or None).
+        orders: {"signal": number} for every rank, {"end": True}. A second signal, later than what signals every process
+            of a container at once, is an end, too.
+        tell: gets the messages output, late and failed.
+    """
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    if job["world_size"] > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job["slots"])))
+    os.environ.update(job["env"] | {"PYTHONIOENCODING": "utf-8"})
+    ranks = Ranks(job, tell)
+    signalled, killed_at = None, None
+    while ranks.thread.is_alive():
+        order = {}
+        with contextlib.suppress(queue.Empty):
+            order = orders.get(timeout=0.1)
+        now, alive = time.monotonic(), ranks.alive()
+        if "signal" in order and signalled is None:
+            signalled = now
+            ranks.send(order["signal"])
+            if not alive:
+                ranks.failure = [job["first_rank"], -order["signal"], ""]
+                break
+        elif "end" in order or "signal" in order and now - signalled > 2:
+            ranks.send(signal.SIGTERM)
+            killed_at = killed_at or now + KILL_SECONDS
+        if killed_at and not alive:  # none was started, or torch's agent waits for other nodes
+            ranks.thread.join(timeout=2)
+            break
+        if killed_at and now > killed_at:
+            for process in alive:
+                state = process.status()
+                tell({"late": [job["first_rank"] + ranks.processes.index(process), STATES.get(state, state)]})
+            ranks.send(signal.SIGKILL)
+            killed_at = now + KILL_SECONDS
+    for process in ranks.processes:  # what they have started
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.relay.join(timeout=2)
-        self.ended = True
-        return True
+            os.killpg(process.pid, signal.SIGKILL)
+    if ranks.failure is None:
+        return 0
+    tell({"failed": ranks.failure})
+    return ranks.failure[1]
 
-    def reason(self) -> str:
-        """The last line of its output that names an error, or nothing."""
-        lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in self.last_words]  # torch puts it there
-        errors = [line for line in lines if re.match(r"([\w.]+\.)?\w*(Error|Exception)\b", line)]
-        return errors[-1][:300] if errors else ""
 
-    def state(self) -> str:
-        """What Linux says of a process that does not end."""
-        with contextlib.suppress(OSError), open(f"/proc/{self.process.pid}/stat") as file:
-            return STATES.get(file.read().rpartition(")")[2].split()[0], "running")
-        return "gone"
+# ------------------------------------------------------------------------------------------ one of several nodes
 
 
 class Node:
-    """The conversation with the launcher, and the ranks."""
+    """The conversation with the launcher over stdin and stdout, and what has to go after a refusal."""
 
     def __init__(self):
-        self.inbox, self.outbox = queue.Queue(), queue.Queue()
-        self.ranks, self.log, self.marker = [], None, None
-        self.made, self.refused = [], False  # what goes after a refusal; whether the launcher says that it is one
-        self.heard = time.monotonic()
-        self.deadlines = []  # (when, signal) still to come for the ranks that are left
+        self.orders: queue.SimpleQueue = queue.SimpleQueue()
+        self.control, self.session = os.dup(0), os.getppid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the ranks would inherit it
+        self.lock, self.closed = threading.Lock(), threading.Event()
+        self.refused, self.gone = False, False
+        self.made, self.marker, self.log = [], None, None
 
-    def receive(self) -> None:
-        for line in sys.stdin.buffer:
-            self.inbox.put(json.loads(line))
-        self.inbox.put(None)
+    def listen(self) -> None:
+        """Until the launcher closes its end or is silent: then an end, and a second one for what does not end."""
+        rest = b""
+        while ready := select.select([self.control], [], [], SILENCE_SECONDS)[0]:
+            chunk = os.read(self.control, 1 << 16)
+            if not chunk:
+                break
+            *lines, rest = (rest + chunk).split(b"\n")
+            for order in map(json.loads, lines):
+                self.refused |= "refused" in order
+                self.orders.put(order)
+        self.gone = not ready
+        self.closed.set()
+        self.orders.put({"end": True})
+        time.sleep(2 * KILL_SECONDS)
+        self.leave()
 
-    def transmit(self) -> None:
-        """Until a None. A login shell may have printed something: the first message begins a line."""
-        with contextlib.suppress(OSError):
-            sys.stdout.buffer.write(b"\n")
-            while (message := self.outbox.get()) is not None:
-                sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
-                sys.stdout.buffer.flush()
-
-    def output(self, text: str) -> None:
-        """A rank's text: to this node's log, and to the launcher. Waits where that does not keep up."""
-        while self.outbox.qsize() > 1000:
-            time.sleep(0.05)
-        log = self.log
-        if log is not None:
+    def tell(self, message: dict) -> None:
+        """Write a message, a rank's output also to this node's log. In vain where the launcher is gone."""
+        if "output" in message and self.log is not None:
             try:
-                log.write(text)
-                log.flush()
-            except (OSError, ValueError):  # a full disk, or closed: the output must not be lost with it
+                self.log.write(message["output"])
+                self.log.flush()
+            except (OSError, ValueError):  # a full disk: the output must not be lost with it
                 self.log = None
-        self.outbox.put({"output": text})
+        if self.gone:
+            return
+        with self.lock, contextlib.suppress(OSError):
+            sys.stdout.write(json.dumps(message) + "\n")
+            sys.stdout.flush()
 
-    def start(self, job: dict) -> None:
-        """Start this node's ranks.
-
-        Args:
-            job: log (a file, or None), slots, first_rank, world_size, node (its number), master [host, port], command
-                (without the interpreter), env (variables added to this process's own).
-        """
-        if job["log"]:
-            log = os.path.abspath(job["log"])
-            self.made[:0] = [] if os.path.lexists(log) else [log]
-            with contextlib.suppress(OSError):
-                self.log = open(log, "a", encoding="utf-8")  # noqa: SIM115
-        slots = job["slots"]
-        env = {"PYTHONUNBUFFERED": "1", **os.environ, **job["env"], "PYTHONIOENCODING": "utf-8"}
-        for local in range(slots):
-            own, rank = {}, job["first_rank"] + local
-            if job["world_size"] > 1:
-                own = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": job["world_size"], "LOCAL_WORLD_SIZE": slots}
-                own |= {"GROUP_RANK": job["node"], "MASTER_ADDR": job["master"][0], "MASTER_PORT": job["master"][1]}
-                env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // slots)))
-            own = {name: str(value) for name, value in own.items()}
-            self.ranks.append(Rank(rank, [sys.executable, *job["command"]], env | own, self.output))
-
-    def end(self, grace: float) -> None:
-        """Let the ranks end by themselves for `grace` seconds, then ask them, then make them."""
-        asked = time.monotonic() + grace
-        self.deadlines = self.deadlines or [(asked, signal.SIGTERM), (asked + KILL_SECONDS, signal.SIGKILL)]
-
-    def handle(self, message: dict) -> None:
-        """One message of the launcher."""
-        if "examine" in message:
-            self.marker = (message["examine"]["output"], message["examine"]["marker"])
-            threading.Thread(target=self.examine, args=(message["examine"],), daemon=True).start()
-        elif "look" in message:
-            output = self.marker[0]
-            seen = [name for name in message["look"] if os.path.exists(os.path.join(output, name))]
-            self.outbox.put({"seen": {"seen": seen}})
-        elif "start" in message:
+    def answer(self, order: dict) -> None:
+        """Examine this node, look for the other nodes' files, start the ranks."""
+        if "examine" in order:
+            self.marker = order["examine"]["marker"]
+            try:
+                self.tell({"examined": examine(order["examine"], self.made)})
+            except Exception as error:  # the launcher says it, whatever it is
+                self.tell({"examined": {"error": f"{type(error).__name__}: {error}"}})
+        elif "look" in order:
+            self.tell({"seen": {"seen": sum(map(os.path.exists, order["look"]))}})
+        elif "start" in order:
+            job = order["start"]
             self.tidy()
-            self.start(message["start"])
-        elif "signal" in message:
-            for rank in self.left():
-                rank.send(message["signal"])
-        elif "end" in message:
-            self.refused = message["refused"]
-            self.end(message["end"])
-
-    def examine(self, wanted: dict) -> None:
-        """Answer the launcher, from a thread: nvidia-smi may take a minute, and the beat goes on. What cannot be
-        examined becomes the answer {"error": …}."""
-        try:
-            self.outbox.put({"examined": examine(wanted, self.made)})
-        except Exception as error:  # told by the launcher, whatever it is
-            self.outbox.put({"examined": {"error": f"{type(error).__name__}: {error}"}})
+            if job["log"]:
+                self.made[:0] = [] if os.path.lexists(job["log"]) else [os.path.abspath(job["log"])]
+                with contextlib.suppress(OSError):
+                    self.log = open(job["log"], "a", encoding="utf-8")  # noqa: SIM115
+            code = run(job, self.orders, self.tell)
+            self.tell({"done": True})
+            self.closed.wait()  # the first node's agent keeps the ranks' store; another node may refuse
+            self.refused = code == 2 or self.refused and code in (-signal.SIGTERM, -signal.SIGKILL)
+            self.made = self.made if self.refused else []
 
     def tidy(self) -> None:
-        """Take the marker away that `examine` put down."""
-        if self.marker and self.marker[0]:
+        """Take the marker away that `examine` wrote."""
+        if self.marker:
             with contextlib.suppress(OSError):
-                os.remove(os.path.join(*self.marker))
+                os.remove(self.marker)
 
-    def leave_nothing(self) -> None:
-        """After a refusal take away what was made here. It is one where no rank was started, where all ranks say so,
-        or where another node's do, which ended these."""
-        codes = {rank.process.returncode for rank in self.ranks}
-        if not codes <= ({2, -signal.SIGTERM, -signal.SIGKILL} if self.refused else {2}):
-            return
-        if self.log:
-            self.log.close()  # NFS keeps an open file under another name
+    def leave(self) -> None:
+        """End this process. What is left in `made` was made for a job that was refused."""
+        self.tidy()
         for path in self.made:
             with contextlib.suppress(OSError):  # not empty: another's files
-                (os.remove if self.log and path == self.log.name else os.rmdir)(path)
-
-    def full_disk(self) -> str:
-        """Words on an output directory without room: libraries have others for it."""
-        with contextlib.suppress(OSError, TypeError):
-            if shutil.disk_usage(self.marker[0]).free < 1 << 16:
-                return f" (no space left in {self.marker[0]} there)"
-        return ""
-
-    def left(self) -> list[Rank]:
-        return [rank for rank in self.ranks if not rank.ended]
-
-    def run(self) -> bool:
-        """Until the ranks have ended. Returns whether they were ended because the launcher is gone."""
-        threading.Thread(target=self.receive, daemon=True).start()
-        transmitter = threading.Thread(target=self.transmit, daemon=True)
-        transmitter.start()
-        gone, beat = False, 0.0
-        while True:
-            with contextlib.suppress(queue.Empty):
-                message = self.inbox.get(timeout=0.1)
-                self.heard = time.monotonic()
-                if message is None:
-                    gone = True
-                else:
-                    self.handle(message)
-            now = time.monotonic()
-            gone = gone or now - self.heard > SILENCE_SECONDS
-            if gone:
-                self.end(0)
-            if now - beat > BEAT_SECONDS:
-                beat = now
-                self.outbox.put({"beat": True})
-            for rank in self.left():
-                if rank.poll():
-                    self.outbox.put(
-                        {"ended": [rank.number, rank.process.returncode, rank.reason() + self.full_disk()]}
-                    )
-            while self.deadlines and now > self.deadlines[0][0]:
-                number = self.deadlines.pop(0)[1]
-                for rank in self.left():
-                    self.outbox.put({"late": [rank.number, rank.state()]})
-                    rank.send(number)
-            if (self.ranks or gone) and not self.left():
-                break
-        self.tidy()
-        self.leave_nothing()
-        self.outbox.put({"done": True})
-        self.outbox.put(None)
-        transmitter.join(timeout=1 if gone else SILENCE_SECONDS)
-        return gone
+                os.remove(path) if os.path.isfile(path) else os.rmdir(path)
+        if self.gone:  # over a dead network the ssh session would stay for a quarter of an hour
+            hang_up(self.session)
+        os._exit(0)  # past what a dead network blocks
 
 
 def hang_up(session: int) -> None:
-    """End the ssh session that this ran in: over a dead network it would stay for a quarter of an hour. Where it is
-    gone already, our parent is another process, in a container the very sshd that listens."""
+    """End the ssh session that this ran in. Where it is gone already, our parent is another process, in a container the
+    very sshd that listens."""
     with contextlib.suppress(OSError), open(f"/proc/{session}/comm") as file:
         if os.getppid() == session and file.read().startswith("sshd"):
             os.kill(session, signal.SIGTERM)
 
 
 def main() -> None:
-    node, session = Node(), os.getppid()
+    node = Node()
     for number in (signal.SIGINT, signal.SIGHUP):  # what is meant for the ranks comes from the launcher
         signal.signal(number, lambda number, frame: None)  # not SIG_IGN, which the ranks would inherit
-    signal.signal(signal.SIGTERM, lambda number, frame: node.end(0))
-    if node.run():
-        hang_up(session)
-    os._exit(0)  # past a transmitter that a dead network blocks
+    signal.signal(signal.SIGTERM, lambda number, frame: node.orders.put({"end": True}))
+    sys.stdout.write("\n")  # a login shell may have printed something
+    threading.Thread(target=node.listen, daemon=True).start()
+    while not node.closed.is_set() and "end" not in (order := node.orders.get()):
+        node.answer(order)
+    node.leave()
 
 
 if __name__ == "__main__":

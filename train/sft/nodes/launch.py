@@ -1,37 +1,37 @@
 """Start a job on this machine or on many, watch it, and end as the training ends.
 
-    python -m sft.nodes.launch [--log FILE] train.py --flag value …   HOST_GPU_NUM processes here, or NODE_IP_LIST=…
-    python -m sft.nodes.launch --visit                                let ssh ask about hosts that it does not know yet
-
-train.sh runs both. With NODE_IP_LIST the nodes are examined all at once (preflight.py), started, watched by a beat in
-both directions (agent.py), and ended together. The README says why this is neither torchrun nor DeepSpeed's launcher.
+On one machine torch's elastic agent is called here; with NODE_IP_LIST the nodes are examined (preflight.py), and an
+agent.py on each calls it. A failure on one node ends the job on all.
 
 The exit code is that of the first process that failed (128 + n where signal n killed it), and 1 where a node or its
-network is lost. Standard library only: it starts at once.
+network is lost.
 """
 
 import contextlib
+import functools
 import os
 import queue
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from sft.messages import Refused
-from sft.nodes.agent import BEAT_SECONDS, KILL_SECONDS, SILENCE_SECONDS
-from sft.nodes.preflight import Node, connect, examine, flag, is_on, number_from, read_nodes, visit
+from sft.nodes.agent import KILL_SECONDS, run
+from sft.nodes.preflight import Node, connect, examine, number_from, read_nodes, visit
 from sft.processes import die_with_parent, free_port
 
 FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_", "CUDA_", "DS_", "WANDB_", "PYTORCH_", "TRANSFORMERS_", "TQDM_")
 FORWARDED += ("SHARP_", "SWANLAB_", "TRACKIO_", "MLFLOW_", "MODELSCOPE_", "TORCHINDUCTOR_", "TOKENIZERS_", "TRITON_")
 FORWARDED += ("UCX_", "FI_", "MKL_", "CUBLAS_")
 SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")  # what a container sets is not there in a session of ssh
-GRACE_SECONDS = 12  # for the other processes to end by themselves, once one has failed
+BEAT_SECONDS = 2
+GRACE_SECONDS = 12  # for the other nodes' processes to end by themselves, once one has failed
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def forwarded(env: dict[str, str]) -> dict[str, str]:
@@ -45,15 +45,12 @@ def forwarded(env: dict[str, str]) -> dict[str, str]:
     return {name: env[name] for name in env if name in names.union(SEARCHED, further)}
 
 
-# ------------------------------------------------------------------------------------------------------------ watch
-
-
 class Printer:
     """The nodes' output, each line with its node's address in front where there are several, from a thread of its
     own: a terminal that is held back holds no beat back."""
 
     def __init__(self, prefixed: bool):
-        self.prefixed, self.queue = prefixed, queue.Queue()
+        self.prefixed, self.queue = prefixed, queue.SimpleQueue()
         self.owner, self.at_start = None, True
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
@@ -86,28 +83,16 @@ class Printer:
             out.append(part)
         return "".join(out)
 
-    def close(self, given_up: Callable[[], object]) -> None:
-        """Wait until all is shown, or until it is given up."""
+    def close(self, cancelled: list) -> None:
+        """Wait until all is shown, or until a signal cancels that."""
         self.queue.put(None)
-        while self.thread.is_alive() and not given_up():
+        while self.thread.is_alive() and not cancelled:
             self.thread.join(timeout=0.2)
-
-
-def part(nodes: list[Node]) -> None:
-    """Close the connections, and wait until the nodes are gone, but for one beyond reach, which ends by itself."""
-    for node in nodes:
-        node.hang_up()
-    deadline = time.monotonic() + 5
-    for node in nodes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            node.process.wait(timeout=max(0, deadline - time.monotonic()))
-        if node.number:
-            node.process.kill()
 
 
 @dataclass
 class Failure:
-    """What failed. Of failures in the same second the heaviest one is told of: a rank that ends with exit code 1 may
+    """What failed. Of failures in the same second the heaviest one is named: a rank that ends with exit code 1 may
     have lost its peer."""
 
     what: str
@@ -119,87 +104,73 @@ class Failure:
 class Watch:
     """A job that runs: what the nodes say, the first failure, the end."""
 
-    def __init__(self, nodes: list[Node], inbox: queue.Queue, printer: Printer):
-        self.nodes, self.inbox, self.printer = nodes, inbox, printer
+    def __init__(self, nodes: list[Node], printer: Printer):
+        self.nodes, self.printer = nodes, printer
         self.failures: list[Failure] = []
-        self.signals, self.signalled, self.signalled_at = [], None, 0.0
-        self.ending, self.late = False, set()
-
-    def pass_on(self, number: int) -> None:
-        """A signal to the launcher is one to every rank; a second one, later than what signals every process of a
-        container at once, ends the job."""
-        now = time.monotonic()
-        if self.signalled and now - self.signalled_at > 2:
-            self.end(0)
-        elif not self.signalled:
-            self.signalled, self.signalled_at = number, now
-            for node in self.nodes:
-                node.send(signal=number)
-
-    def end(self, grace: float, refused: bool = False) -> None:
-        """Every node ends its ranks after `grace` seconds. Where the job was `refused`, it leaves nothing behind."""
-        self.ending, self.deadline = True, time.monotonic() + grace + KILL_SECONDS + 8
-        for node in self.nodes:
-            node.send(end=grace, refused=refused)
-
-    def lost(self, node: Node, why: str) -> None:
-        """Nothing more is expected of a node."""
-        node.done = True
-        self.failures.append(Failure(f"node {node.host}: {why}", code=1, weight=2))
+        self.signalled: int | None = None
+        self.ending = False
 
     def handle(self, node: Node, message: dict | None) -> None:
         """One message of a node, as agent.py lists them; None: its connection has ended."""
-        node.heard = time.monotonic()
         if message is None:
+            node.ended = True
             if not node.done:
-                why = f": {node.complaints[-1]}" if node.complaints else ""
-                self.lost(node, f"its launcher or the connection to it ended{why}")
+                complaint = f": {node.complaint()}" if node.complaint() else ""
+                what = f"node {node.host}: its launcher or the connection to it ended{complaint}"
+                self.failures.append(Failure(what, code=1, weight=2))
         elif "output" in message:
             self.printer.put(node.host, message["output"])
         elif "done" in message:
             node.done = True
         elif "late" in message:
             rank, state = message["late"]
-            if rank not in self.late and state != "gone":
-                self.late.add(rank)
-                self.printer.put(None, f"rank {rank} on {node.host} did not end by itself: {state}\n")
-        elif "ended" in message:
-            rank, code, reason = message["ended"]
-            if code:
-                name = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                if code == -signal.SIGKILL and not self.ending:
-                    name += " (out of memory? see dmesg there)"
-                reason = f": {reason}" if reason else ""
-                code = 128 - code if code < 0 else code
-                self.failures.append(Failure(f"rank {rank} on {node.host}: {name}{reason}", code, int(code != 1)))
+            self.printer.put(None, f"rank {rank} on {node.host} did not end by itself: {state}\n")
+        elif "failed" in message:
+            rank, code, reason = message["failed"]
+            name = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            if code == -signal.SIGKILL and not self.ending and not self.signalled:
+                name += " (out of memory? see dmesg there)"
+            what = f"rank {rank} on {node.host}: {name}" + (f": {reason}" if reason else "")
+            self.failures.append(Failure(what, 128 - code if code < 0 else code, int(code != 1)))
 
-    def run(self) -> int:
-        """Until every node is done. Returns the exit code."""
-        beat = 0.0
-        while not all(node.done for node in self.nodes):
+    def run(self, inbox: queue.Queue, signals: queue.SimpleQueue) -> None:
+        """Until every node has ended."""
+        deadline = None
+        while not all(node.ended for node in self.nodes):
             with contextlib.suppress(queue.Empty):
-                self.handle(*self.inbox.get(timeout=0.1))
-            while self.signals:
-                self.pass_on(self.signals.pop(0))
-            now = time.monotonic()
-            if now - beat > BEAT_SECONDS:
-                beat = now
+                self.handle(*inbox.get(timeout=0.1))
+            while not signals.empty():
+                order = signals.get()
                 for node in self.nodes:
-                    node.send(beat=True)
-            for node in self.nodes:
-                if not node.done and now - node.heard > SILENCE_SECONDS:
-                    self.lost(node, f"no sign of it for {SILENCE_SECONDS} s")
-            if self.failures and not self.ending and now - self.failures[0].when > 1:
-                lost = any(failure.weight == 2 for failure in self.failures)
-                refused = any(failure.code == 2 for failure in self.failures)  # and rank 0 has said why
-                self.end(0 if lost else 3 if refused else GRACE_SECONDS, refused)
-            if self.ending and now > self.deadline:
+                    node.send(**order)
+            now = time.monotonic()
+            if not self.ending and self.is_over(now):
+                self.ending, deadline = True, now + KILL_SECONDS + 8
+                if any(failure.code == 2 for failure in self.failures):
+                    for node in self.nodes:
+                        node.send(refused=True)
+                for node in self.nodes:
+                    node.hang_up()
+            if self.ending and now > deadline:
                 break
-        part(self.nodes)
-        return self.verdict()
+        for node in self.nodes[1:]:
+            node.process.kill()  # one beyond reach ends by itself
+
+    def is_over(self, now: float) -> bool:
+        """Whether the nodes are to end: all are done, or one has failed and the others have had time for it."""
+        if all(node.done or node.ended for node in self.nodes):
+            return True
+        if not self.failures:
+            return False
+        grace = GRACE_SECONDS
+        if any(failure.code == 2 for failure in self.failures):
+            grace = 3  # rank 0 has said why
+        if any(failure.weight == 2 for failure in self.failures):
+            grace = 0
+        return now - self.failures[0].when > 1 + grace
 
     def verdict(self) -> int:
-        """Say what failed first, and where."""
+        """The exit code. Says what failed first, and where."""
         if not self.failures:
             return 0
         soon = [failure for failure in self.failures if failure.when - self.failures[0].when <= 1]
@@ -211,53 +182,105 @@ class Watch:
         return first.code
 
 
-def main(command: list[str], log: str | None) -> int:
-    """Start the command on every node and wait for it."""
-    nodes, env = read_nodes(dict(os.environ)), {}
+def launch(command: list[str], given: dict[str, Any], log: Path | None) -> int:
+    """Start the command on every node and wait for it. Returns the job's exit code; refuses nodes that are not ready.
+
+    Args:
+        command: the path of train.py and its flags.
+        given: {flag: value} of what the flags say.
+        log: where train.sh writes; the other nodes get files like it, with their address in the name.
+    """
+    env = dict(os.environ)
+    nodes = read_nodes(env)
     several, inbox = len(nodes) > 1, queue.Queue()
-    master = nodes[0].host if several else "127.0.0.1"
-    port = number_from(dict(os.environ), "MASTER_PORT", 65535) or (29500 if several else free_port())
+    port = number_from(env, "MASTER_PORT", 65535) or (29500 if several else free_port())
+    job = {"command": command, "world_size": sum(node.slots for node in nodes), "nodes": len(nodes), "env": {}}
+    job |= {"master": [nodes[0].host if several else "127.0.0.1", port], "output": given.get("output_dir")}
     if several:
-        if flag(command, "hub_token"):
-            raise Refused("--hub_token: would stand in every node's process list; export HF_TOKEN instead")
-        env = forwarded(dict(os.environ))
+        job["command"] = prepare(nodes, inbox, command, port, given)
+    watch, orders = Watch(nodes, Printer(several)), queue.SimpleQueue()
+
+    def take(number: int, frame) -> None:
+        watch.signalled = watch.signalled or number
+        orders.put({"signal": number})
+
+    for number in SIGNALS:
+        signal.signal(number, take)
     for node in nodes:
-        connect(node, inbox)
+        part = job | {"node": node.number, "slots": node.slots, "first_rank": node.first_rank, "log": None}
+        if not several:
+            run(part, orders, functools.partial(watch.handle, node))
+            break
+        names = {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} - env.keys()
+        part["env"] = dict.fromkeys(names, node.facts["interface"])
+        if log and node.number:
+            part["log"] = f"{log.with_suffix('')}_{node.host.replace(':', '-')}{log.suffix}"
+        node.send(start=part)
     if several:
-        try:
-            command = check_saving(command, examine(nodes, inbox, command, port, env))
-        except Refused:  # once nothing is left of it on any node
-            part([node for node in nodes if node.facts])
-            raise
-    watch = Watch(nodes, inbox, Printer(several))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: watch.signals.append(number))
-    world_size = sum(node.slots for node in nodes)
-    for node in nodes:
-        network = {}
-        if several:
-            names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-            network = {name: node.facts["interface"] for name in names if name not in env}
-        job = {"command": command, "env": network, "slots": node.slots, "first_rank": node.first_rank}
-        job |= {"node": node.number, "world_size": world_size, "master": [master, port]}
-        own_log = re.sub(r"(\.[^./]*)?$", rf"_{node.host.replace(':', '-')}\1", log, count=1) if log else None
-        node.send(start=job | {"log": own_log if node.number else None})
-    code = watch.run()
-    watch.printer.close(given_up=lambda: watch.signals)
+        watch.run(inbox, orders)
+    code, cancelled = watch.verdict(), []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: cancelled.append(number))
+    watch.printer.close(cancelled)
     return code
 
 
-def check_saving(command: list[str], shared: bool) -> list[str]:
-    """On separate disks every node saves a checkpoint that is whole for its own ranks; on a shared one the chief
-    does."""
-    if shared and is_on(command, "save_on_each_node"):
-        raise Refused("--save_on_each_node: the nodes share the output directory, and would write the same files")
-    if flag(command, "save_on_each_node") is not None:
+def prepare(nodes: list[Node], inbox: queue.Queue, command: list[str], port: int, given: dict[str, Any]) -> list[str]:
+    """Connect to the nodes and examine them. Returns the command with `--save_on_each_node` as their disks need it: on
+    separate disks every node saves a checkpoint that is whole for its own ranks, on a shared one the chief does."""
+    if given.get("hub_token"):
+        raise Refused("--hub_token: would show in every node's process list; export HF_TOKEN instead")
+    env = forwarded(dict(os.environ))
+    for node in nodes:
+        connect(node, inbox, env)
+    threading.Thread(target=beat, args=(nodes,), daemon=True).start()
+    try:
+        shared = examine(nodes, inbox, os.path.dirname(os.path.abspath(command[0])), port, given)
+        if shared and given.get("save_on_each_node"):
+            raise Refused("--save_on_each_node: the nodes share the output directory, and would write the same files")
+    except Refused:  # said once nothing is left of it on any node
+        for node in nodes:
+            node.hang_up()
+        for node in nodes:
+            with contextlib.suppress(Exception):
+                node.process.wait(timeout=5 if node.facts else 0)
+            node.process.kill()
+        raise
+    if given.get("save_on_each_node") is not None:
         return command
     if shared:  # a run that goes on may have been on separate disks
-        return [*command, *["--save_on_each_node", "False"] * (flag(command, "resume_from_checkpoint") is not None)]
+        return [*command, *["--save_on_each_node", "False"] * (given.get("resume_from_checkpoint") is not None)]
     print("save_on_each_node = True (the nodes' output directories are separate)", flush=True)
     return [*command, "--save_on_each_node", "True"]
+
+
+def beat(nodes: list[Node]) -> None:
+    """Let every agent hear from us."""
+    while True:
+        time.sleep(BEAT_SECONDS)
+        for node in nodes:
+            node.send()
+
+
+# ------------------------------------------------------------------------- until train.sh's own start calls launch()
+
+
+def given_by(command: list[str]) -> dict[str, Any]:
+    """{flag: value} of a command line: a list for what takes several, True or False for what is a yes or no."""
+    found: dict[str, list[str]] = {}
+    for i, word in enumerate(command):
+        if word.startswith("--"):
+            key, equals, value = word.partition("=")
+            end = next((j for j in range(i + 1, len(command)) if command[j].startswith("--")), len(command))
+            found[key[2:].replace("-", "_")] = [value] if equals else command[i + 1 : end]
+    given: dict[str, Any] = {}
+    for name, values in found.items():
+        given[name] = values[-1] if values else True
+        if name in ("train_data_file", "eval_data_file"):
+            given[name] = values
+        if name in ("use_cpu", "save_on_each_node"):
+            given[name] = not values or values[0].lower() not in ("false", "0", "no", "n", "f")
+    return given
 
 
 if __name__ == "__main__":
@@ -267,13 +290,16 @@ if __name__ == "__main__":
         if arguments == ["--visit"]:
             visit(read_nodes(dict(os.environ)))
             sys.exit(0)
-        log = arguments[1] if arguments[:1] == ["--log"] else None
+        log = Path(arguments[1]) if arguments[:1] == ["--log"] else None
         if log:  # train.sh, which ends with us; killed, it cannot tell us
             die_with_parent(signal.SIGTERM)
-        code = main(arguments[2:] if log else arguments, log)
+            arguments = arguments[2:]
+        code = launch(arguments, given_by(arguments), log)
     except Refused as refusal:
         print(f"refused: {refusal}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
