@@ -319,7 +319,7 @@ def test_a_link_to_nowhere_stays(talk, tmp_path):
 SCRIPT = """
 import os, signal, sys, time
 rank = os.environ.get("RANK", "0")
-print("rank", rank, flush=True)
+os.write(1, b"rank %s\\n" % rank.encode())  # at once: the others write there, too
 if rank == sys.argv[1]:
     {fails}
 time.sleep(60 if sys.argv[1] == "none" else 3)
@@ -340,7 +340,7 @@ def run(tmp_path, fails, rank="1", slots=2, **env):
     [
         ("sys.exit(3)", 3, ""),
         ("sys.exit(7)", 7, "failed: rank {} on localhost: exit code 7\n"),
-        ("raise ValueError('of this')", 1, "failed: rank {} on localhost: exit code 1: ValueError: of this\n"),
+        ("raise ValueError('of this')", 1, "failed: rank {} on localhost: exit code 1\n"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "failed: rank {} on localhost: killed by SIGKILL"),
     ],
 )
@@ -351,10 +351,10 @@ def test_the_exit_code_is_that_of_the_first_that_failed(fails, code, says, rank,
     assert job.returncode == code and any(line.startswith(says.format(rank)) for line in lines), output
 
 
-def test_a_terminal_that_cannot_show_a_character_loses_that_alone(tmp_path):
+def test_what_ranks_print_is_utf8_whatever_the_terminal_is(tmp_path):
     job = run(tmp_path, "print('中文 \U0001f600', flush=True); sys.exit(7)", PYTHONIOENCODING="ascii")
     output = job.communicate(timeout=60)[0]
-    assert job.returncode == 7 and "?? ?" in output and "failed: rank 1" in output, output
+    assert job.returncode == 7 and "中文 😀" in output and "failed: rank 1" in output, output
 
 
 def test_output_that_is_read_late_is_whole(tmp_path):

@@ -13,6 +13,7 @@ import os
 import queue
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -45,51 +46,6 @@ def forwarded(env: dict[str, str]) -> dict[str, str]:
     return {name: env[name] for name in env if name in names.union(SEARCHED, further)}
 
 
-class Printer:
-    """The nodes' output, each line with its node's address in front where there are several, from a thread of its
-    own: a terminal that is held back holds no beat back."""
-
-    def __init__(self, prefixed: bool):
-        self.prefixed, self.queue = prefixed, queue.SimpleQueue()
-        self.owner, self.at_start = None, True
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def put(self, host: str | None, text: str) -> None:
-        """`host` None: the launcher's own line."""
-        self.queue.put((host, text))
-
-    def run(self) -> None:
-        while (item := self.queue.get()) is not None:
-            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
-                sys.stdout.write(self.shown(*item))
-                sys.stdout.flush()
-
-    def shown(self, host: str | None, text: str) -> str:
-        """The text as it is printed: a line that another node left unfinished is ended, each line begins with its
-        node's address, a carriage return begins a line too."""
-        out = []
-        if self.owner not in (None, host):  # in the middle of another's line, a progress bar mostly
-            out.append("\n")
-            self.owner, self.at_start = None, True
-        for part in re.findall(r"[\r\n]|[^\r\n]+", text):
-            if part not in "\r\n":
-                if self.at_start and self.prefixed and host is not None:
-                    out.append(f"{host}: ")
-                self.owner = host
-            elif part == "\n":
-                self.owner = None
-            self.at_start = part in "\r\n"
-            out.append(part)
-        return "".join(out)
-
-    def close(self, cancelled: list) -> None:
-        """Wait until all is shown, or until a signal cancels that."""
-        self.queue.put(None)
-        while self.thread.is_alive() and not cancelled:
-            self.thread.join(timeout=0.2)
-
-
 @dataclass
 class Failure:
     """What failed. Of failures in the same second the heaviest one is named: a rank that ends with exit code 1 may
@@ -102,29 +58,37 @@ class Failure:
 
 
 class Watch:
-    """A job that runs: what the nodes say, the first failure, the end."""
+    """A job that runs: what the nodes print and say, the first failure, the end."""
 
-    def __init__(self, nodes: list[Node], printer: Printer):
-        self.nodes, self.printer = nodes, printer
+    def __init__(self, nodes: list[Node]):
+        self.nodes, self.lock = nodes, threading.Lock()
         self.failures: list[Failure] = []
         self.signalled: int | None = None
         self.ending = False
+        self.unfinished = nodes[0].host if len(nodes) == 1 else None  # whose line may be; one machine's ranks print
+
+    def show(self, host: str, line: str) -> None:
+        """Print a node's line with its address in front; the launcher's own, where `host` is empty."""
+        with self.lock, contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            if self.unfinished not in (None, host):  # a progress bar
+                sys.stdout.write("\n")
+            sys.stdout.write(f"{host}: {line}" if host else line)
+            sys.stdout.flush()
+            self.unfinished = None if line.endswith("\n") else host
 
     def handle(self, node: Node, message: dict | None) -> None:
         """One message of a node, as agent.py lists them; None: its connection has ended."""
         if message is None:
             node.ended = True
             if not node.done:
-                complaint = f": {node.complaint()}" if node.complaint() else ""
-                what = f"node {node.host}: its launcher or the connection to it ended{complaint}"
+                what = f"node {node.host}: its launcher or the connection to it ended"
+                what += f": {node.complaint}" if node.complaint else ""
                 self.failures.append(Failure(what, code=1, weight=2))
-        elif "output" in message:
-            self.printer.put(node.host, message["output"])
         elif "done" in message:
             node.done = True
         elif "late" in message:
             rank, state = message["late"]
-            self.printer.put(None, f"rank {rank} on {node.host} did not end by itself: {state}\n")
+            self.show("", f"rank {rank} on {node.host} did not end by itself: {state}\n")
         elif "failed" in message:
             rank, code, reason = message["failed"]
             name = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -133,28 +97,29 @@ class Watch:
             what = f"rank {rank} on {node.host}: {name}" + (f": {reason}" if reason else "")
             self.failures.append(Failure(what, 128 - code if code < 0 else code, int(code != 1)))
 
-    def run(self, inbox: queue.Queue, signals: queue.SimpleQueue) -> None:
-        """Until every node has ended."""
+    def run(self, inbox: queue.Queue, orders: queue.SimpleQueue) -> None:
+        """Until every node has ended: pass the orders on, end all once one has failed."""
         deadline = None
         while not all(node.ended for node in self.nodes):
             with contextlib.suppress(queue.Empty):
                 self.handle(*inbox.get(timeout=0.1))
-            while not signals.empty():
-                order = signals.get()
-                for node in self.nodes:
-                    node.send(**order)
+            with contextlib.suppress(queue.Empty):
+                self.tell_all(orders.get_nowait())
             now = time.monotonic()
             if not self.ending and self.is_over(now):
                 self.ending, deadline = True, now + KILL_SECONDS + 8
                 if any(failure.code == 2 for failure in self.failures):
-                    for node in self.nodes:
-                        node.send(refused=True)
+                    self.tell_all({"refused": True})
                 for node in self.nodes:
                     node.hang_up()
             if self.ending and now > deadline:
                 break
         for node in self.nodes[1:]:
             node.process.kill()  # one beyond reach ends by itself
+
+    def tell_all(self, order: dict) -> None:
+        for node in self.nodes:
+            node.send(order)
 
     def is_over(self, now: float) -> bool:
         """Whether the nodes are to end: all are done, or one has failed and the others have had time for it."""
@@ -178,7 +143,7 @@ class Watch:
         by = f"stopped by {signal.Signals(self.signalled).name}; " if self.signalled else ""
         by_hand = self.signalled == signal.SIGINT and first.code == 128 + signal.SIGINT and len(self.nodes) == 1
         if first.code not in (2, 3, 75) and not by_hand:  # of these the training has told
-            self.printer.put(None, f"failed: {by}{first.what}\n")
+            self.show("", f"failed: {by}{first.what}\n")
         return first.code
 
 
@@ -190,15 +155,13 @@ def launch(command: list[str], given: dict[str, Any], log: Path | None) -> int:
         given: {flag: value} of what the flags say.
         log: where train.sh writes; the other nodes get files like it, with their address in the name.
     """
-    env = dict(os.environ)
-    nodes = read_nodes(env)
-    several, inbox = len(nodes) > 1, queue.Queue()
-    port = number_from(env, "MASTER_PORT", 65535) or (29500 if several else free_port())
-    job = {"command": command, "world_size": sum(node.slots for node in nodes), "nodes": len(nodes), "env": {}}
-    job |= {"master": [nodes[0].host if several else "127.0.0.1", port], "output": given.get("output_dir")}
+    nodes = read_nodes(dict(os.environ))
+    several, watch = len(nodes) > 1, Watch(nodes)
+    inbox: queue.Queue = queue.Queue()
+    orders: queue.SimpleQueue = queue.SimpleQueue()
+    port = number_from(dict(os.environ), "MASTER_PORT", 65535) or (29500 if several else free_port())
     if several:
-        job["command"] = prepare(nodes, inbox, command, port, given)
-    watch, orders = Watch(nodes, Printer(several)), queue.SimpleQueue()
+        command = prepare(nodes, inbox, watch.show, command, port, given)
 
     def take(number: int, frame) -> None:
         watch.signalled = watch.signalled or number
@@ -206,60 +169,61 @@ def launch(command: list[str], given: dict[str, Any], log: Path | None) -> int:
 
     for number in SIGNALS:
         signal.signal(number, take)
+    job = {"command": command, "world_size": sum(node.slots for node in nodes), "nodes": len(nodes)}
+    job |= {"master": [nodes[0].host if several else "127.0.0.1", port], "output": given.get("output_dir")}
     for node in nodes:
-        part = job | {"node": node.number, "slots": node.slots, "first_rank": node.first_rank, "log": None}
+        own = job | {"node": node.number, "slots": node.slots, "first_rank": node.first_rank, "log": None}
         if not several:
-            run(part, orders, functools.partial(watch.handle, node))
+            run(own, orders, functools.partial(watch.handle, node))
             break
-        names = {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} - env.keys()
-        part["env"] = dict.fromkeys(names, node.facts["interface"])
+        names = {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} - os.environ.keys()
+        own["env"] = dict.fromkeys(names, node.facts["interface"])
         if log and node.number:
-            part["log"] = f"{log.with_suffix('')}_{node.host.replace(':', '-')}{log.suffix}"
-        node.send(start=part)
+            own["log"] = f"{log.with_suffix('')}_{node.host.replace(':', '-')}{log.suffix}"
+        node.send({"start": own})
     if several:
         watch.run(inbox, orders)
-    code, cancelled = watch.verdict(), []
-    for number in SIGNALS:
-        signal.signal(number, lambda number, frame: cancelled.append(number))
-    watch.printer.close(cancelled)
-    return code
+    for number in SIGNALS:  # should the terminal be held back
+        signal.signal(number, signal.SIG_DFL)
+    return watch.verdict()
 
 
-def prepare(nodes: list[Node], inbox: queue.Queue, command: list[str], port: int, given: dict[str, Any]) -> list[str]:
+def prepare(nodes, inbox, show, command: list[str], port: int, given: dict[str, Any]) -> list[str]:
     """Connect to the nodes and examine them. Returns the command with `--save_on_each_node` as their disks need it: on
     separate disks every node saves a checkpoint that is whole for its own ranks, on a shared one the chief does."""
     if given.get("hub_token"):
         raise Refused("--hub_token: would show in every node's process list; export HF_TOKEN instead")
     env = forwarded(dict(os.environ))
     for node in nodes:
-        connect(node, inbox, env)
+        connect(node, inbox, show, env)
     threading.Thread(target=beat, args=(nodes,), daemon=True).start()
+    each = given.get("save_on_each_node")
     try:
         shared = examine(nodes, inbox, os.path.dirname(os.path.abspath(command[0])), port, given)
-        if shared and given.get("save_on_each_node"):
+        if shared and each:
             raise Refused("--save_on_each_node: the nodes share the output directory, and would write the same files")
     except Refused:  # said once nothing is left of it on any node
         for node in nodes:
             node.hang_up()
         for node in nodes:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 node.process.wait(timeout=5 if node.facts else 0)
             node.process.kill()
         raise
-    if given.get("save_on_each_node") is not None:
-        return command
-    if shared:  # a run that goes on may have been on separate disks
-        return [*command, *["--save_on_each_node", "False"] * (given.get("resume_from_checkpoint") is not None)]
-    print("save_on_each_node = True (the nodes' output directories are separate)", flush=True)
-    return [*command, "--save_on_each_node", "True"]
+    if each is None and not shared:
+        print("save_on_each_node = True (the nodes' output directories are separate)", flush=True)
+        return [*command, "--save_on_each_node", "True"]
+    if each is None and given.get("resume_from_checkpoint") is not None:  # a run that may have been on separate disks
+        return [*command, "--save_on_each_node", "False"]
+    return command
 
 
 def beat(nodes: list[Node]) -> None:
-    """Let every agent hear from us."""
+    """Let every agent hear from the launcher."""
     while True:
         time.sleep(BEAT_SECONDS)
         for node in nodes:
-            node.send()
+            node.send({})
 
 
 # ------------------------------------------------------------------------- until train.sh's own start calls launch()

@@ -7,6 +7,9 @@ here switches host key checking off. Standard library only.
 """
 
 import contextlib
+import errno
+import io
+import json
 import os
 import queue
 import re
@@ -16,26 +19,29 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
 from sft.messages import Refused
-from sft.nodes.agent import GPU_SECONDS, number_of_gpus
+from sft.nodes.examine import GPU_SECONDS, number_of_gpus
 from sft.processes import die_with_parent
 
 REQUIREMENTS = Path(__file__).resolve().parents[3] / "requirements.txt"
 COMPARED = ("model_name_or_path", "tokenizer_name_or_path", "train_data_file", "eval_data_file", "deepspeed")
 LONGEST_SECONDS = 75  # for a node to examine itself: nvidia-smi may take a minute
 SHM_BYTES = 1 << 30
+UNKNOWN = "Host key verification failed"
 NO_ANSWER = f"nvidia-smi -L fails or takes more than {GPU_SECONDS} s"
-# What ssh starts: its first line of input are variables, for a new interpreter; that one's first line is agent.py.
+# What ssh starts: its first line of input are variables, for a new interpreter. That one's first line has modules.
 READ_LINE = "json.loads(open(0, 'rb', 0, closefd=False).readline())"
-RUN_AGENT = f"import json; exec({READ_LINE})"
+RUN_AGENT = (
+    f"import json, sys, types\nfor name, text in {READ_LINE}.items(): "
+    "exec(text, sys.modules.setdefault(name, types.ModuleType(name)).__dict__)"
+)
 BOOTSTRAP = (
     f"import json, os, sys; os.environ.update({READ_LINE}); "
     f"os.execv(sys.executable, [sys.executable, '-Pc', {RUN_AGENT!r}, 'agent.py'])"
@@ -56,24 +62,19 @@ class Node:
     process: subprocess.Popen | None = None
     done: bool = False  # its ranks have ended
     ended: bool = False  # its connection has
+    complaint: str = ""  # the last line that ssh wrote to stderr
     facts: dict = field(default_factory=dict)
-    errors: Any = None  # what ssh writes to stderr
 
-    def send(self, **message) -> None:
+    def send(self, message: object) -> None:
         """Send a message to agent.py; in vain where the connection is gone."""
         with contextlib.suppress(OSError, ValueError):
-            self.process.stdin.write(dumps(message).encode() + b"\n")
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+            self.process.stdin.flush()
 
     def hang_up(self) -> None:
         """Close our end of the connection: the ranks there end, then the agent."""
         with contextlib.suppress(OSError):
             self.process.stdin.close()
-
-    def complaint(self) -> str:
-        """The last line that ssh wrote to stderr."""
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def read_nodes(env: dict[str, str]) -> list[Node]:
@@ -153,63 +154,57 @@ def looked_up(host: str) -> dict[str, str]:
     return {"hostname": host, "port": "22"} | dict(line.split(" ", 1) for line in shown.splitlines() if " " in line)
 
 
-def is_known(host: str) -> bool:
-    """Whether ssh has a key for this host on its list, or would not ask, by the user's own configuration."""
-    config = looked_up(host)
-    if config.get("stricthostkeychecking") in ("false", "no", "off", "accept-new"):
-        return True
-    address, port = config["hostname"], config["port"]
-    name = config.get("hostkeyalias") or (address if port == "22" else f"[{address}]:{port}")
-    files = f"{config.get('userknownhostsfile', '')} {config.get('globalknownhostsfile', '')}".split()
-    searches = (["ssh-keygen", "-F", name, "-f", os.path.expanduser(file)] for file in files)
-    return any(subprocess.run(search, capture_output=True).returncode == 0 for search in searches)
-
-
 def visit(nodes: list[Node]) -> None:
-    """Connect once to each host that ssh does not know, so that it asks its question. Without a terminal, where nobody
-    can answer, such hosts are refused."""
-    if len(nodes) > 1 and not (shutil.which("ssh") and shutil.which("ssh-keygen")):
+    """Where somebody can answer, connect once to each host that ssh does not know, so that it asks its question."""
+    if len(nodes) > 1 and shutil.which("ssh") is None:
         raise Refused("NODE_IP_LIST: there is no ssh on this machine: apt-get install openssh-client")
-    unknown = [node.host for node in nodes[1:] if not is_known(node.host)]
-    if unknown and os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp():
-        for host in unknown:
+    if not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp():
+        return
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    hosts = [node.host for node in nodes[1:]]
+    attempts = [subprocess.Popen([*ssh_command(host, "-oBatchMode=yes"), "true"], **pipes) for host in hosts]
+    for host, attempt in zip(hosts, attempts, strict=True):
+        if UNKNOWN.encode() in attempt.communicate()[1]:
             subprocess.run([*ssh_command(host), "true"], stdout=subprocess.DEVNULL)
-        unknown = [host for host in unknown if not is_known(host)]
-    if unknown:
-        says = "ssh does not know this host yet; compare its key and answer yes, run once:"
-        raise Refused("\n".join(f"{host}: {says} {by_hand(host)} true" for host in unknown))
 
 
-def connect(node: Node, inbox: queue.Queue, env: dict[str, str]) -> None:
-    """Start agent.py there with the variables of `env`. Each of its messages goes into the inbox as (node, message),
-    (node, None) at the end."""
+def connect(node: Node, inbox: queue.Queue, show: Callable[[str, str], None], env: dict[str, str]) -> None:
+    """Start agent.py there with the variables of `env`. What its ranks print is shown; each of its messages goes into the
+    inbox as (node, message), (node, None) at the end."""
     command = [sys.executable, "-Pc", BOOTSTRAP]
     if node.number > 0:
         alive = ("-oServerAliveInterval=5", "-oServerAliveCountMax=4", "-oBatchMode=yes", "-oControlPath=none", "-T")
         command = [*ssh_command(node.host, *alive), f"exec {shlex.join(command)}"]
-    node.errors = tempfile.TemporaryFile()
-    node.process = subprocess.Popen(
+    pipe = subprocess.PIPE
+    node.process = process = subprocess.Popen(
         command,
-        bufsize=0,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=node.errors,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
         start_new_session=True,
         pipesize=1 << 20,  # no message waits for a node
         preexec_fn=die_with_parent if node.number > 0 else None,  # the chief's own sees our end by its pipe
     )
-    for line in (env, Path(__file__).with_name("agent.py").read_text(encoding="utf-8")):
-        node.process.stdin.write(dumps(line).encode() + b"\n")
+    node.send(env)
+    files = {"sft.nodes.examine": "examine.py", "__main__": "agent.py"}
+    node.send({name: Path(__file__).with_name(file).read_text(encoding="utf-8") for name, file in files.items()})
 
-    def listen() -> None:
-        for line in node.process.stdout:
-            with contextlib.suppress(ValueError):  # what a login shell prints
-                message = loads(line)
-                if isinstance(message, dict):
-                    inbox.put((node, message))
+    def relay() -> None:
+        for line in io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline=""):
+            show(node.host, line)
+        listener.join()
         inbox.put((node, None))
 
-    threading.Thread(target=listen, daemon=True).start()
+    def listen() -> None:
+        for line in process.stderr:
+            if line.startswith(b"{"):
+                inbox.put((node, json.loads(line)))
+            elif line.strip():  # ssh's own, or a login shell's
+                node.complaint = line.decode(errors="replace").strip()
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    threading.Thread(target=relay, daemon=True).start()
 
 
 # --------------------------------------------------------------------------------------------------------- examine
@@ -237,11 +232,11 @@ def examine(nodes: list[Node], inbox: queue.Queue, code: str, port: int, given: 
     markers = [os.path.join(output, f".node-{job}-{node.number}") if output else None for node in nodes]
     chief = (nodes[0].host, port)
     deadline = time.monotonic() + LONGEST_SECONDS
-    with listening(*chief):
+    with listen_on(*chief):
         for node in nodes:
             towards = chief if node.number else (looked_up(nodes[1].host)["hostname"], port)
             own = {"towards": towards, "reach": chief if node.number else None, "marker": markers[node.number]}
-            node.send(examine=wanted | own)
+            node.send({"examine": wanted | own})
         wait_for(nodes, inbox, "examined", deadline)
     gpus = any(node.facts.get("gpus", 0) != 0 for node in nodes) and not given.get("use_cpu")
     problems = {node.host: problem_of(node, nodes[0], port, code, gpus) for node in nodes}
@@ -254,7 +249,7 @@ def examine(nodes: list[Node], inbox: queue.Queue, code: str, port: int, given: 
     if output is None:
         return False
     for node in nodes:
-        node.send(look=markers)
+        node.send({"look": markers})
     wait_for(nodes, inbox, "seen", deadline)
     seen = {node.host: node.facts.get("seen", 0) for node in nodes}
     if set(seen.values()) not in ({1}, {len(nodes)}):
@@ -263,22 +258,16 @@ def examine(nodes: list[Node], inbox: queue.Queue, code: str, port: int, given: 
     return set(seen.values()) == {len(nodes)}
 
 
-@contextlib.contextmanager
-def listening(host: str, port: int):
-    """Listen where the ranks will meet, so that the nodes can try to connect."""
+def listen_on(host: str, port: int) -> socket.socket:
+    """A socket where the ranks will meet, so that the nodes can try to connect."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as s:
-            s.bind(address)
+        return socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
-        says = f"{host} is not an address of this machine ({error.strerror})"
-        raise Refused(f"{says}; set LOCAL_IP to this machine's address") from None
-    try:
-        server = socket.create_server(("", port), family=family, backlog=256)
-    except OSError as error:
-        raise Refused(f"MASTER_PORT={port}: {os.strerror(error.errno)} on this machine; choose another") from None
-    with server:
-        yield
+        fix = "choose another"
+        if error.errno != errno.EADDRINUSE:
+            fix = "set LOCAL_IP to this machine's address"
+        raise Refused(f"MASTER_PORT={port} on {host}: {error.strerror or error}; {fix}") from None
 
 
 def wait_for(nodes: list[Node], inbox: queue.Queue, what: str, deadline: float) -> None:
@@ -352,10 +341,11 @@ def why_no_answer(node: Node) -> str:
     """What ssh said, with what to do."""
     if not node.ended:
         return f"no answer within {LONGEST_SECONDS} s; try: {by_hand(node.host)} true"
-    said = node.complaint()
     fix = f"try: {by_hand(node.host)} true"
-    if "Permission denied (" in said:
+    if UNKNOWN in node.complaint:
+        fix = f"ssh does not know this host, or its key has changed; run once: {by_hand(node.host)} true"
+    if "Permission denied (" in node.complaint:
         fix = f"run: ssh-copy-id {by_hand(node.host).removeprefix('ssh ')}"
-    if f"{sys.executable}: " in said:
+    if f"{sys.executable}: " in node.complaint:
         fix = f"{sys.executable} has to be there too: install the same environment at the same path"
-    return f"ssh: {said.removeprefix('ssh: ') or 'connection closed without output'}; {fix}"
+    return f"ssh: {node.complaint.removeprefix('ssh: ') or 'connection closed without output'}; {fix}"
