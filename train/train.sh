@@ -94,7 +94,7 @@ LORA=$(flag use_lora "$@")
 
 # 2. The machine.
 if given "$(flag use_cpu "$@")"; then GPUS=0
-else GPUS=$(PYTHONPATH=$HERE "$PYTHON" -c 'import os; from sft.nodes.agent import number_of_gpus; print(number_of_gpus(dict(os.environ)))'); fi
+else GPUS=$(PYTHONPATH=$HERE "$PYTHON" -c 'import os; from sft.nodes.examine import number_of_gpus; print(number_of_gpus(dict(os.environ)))'); fi
 if [ "$GPUS" = None ]; then  # there are some
     [ -n "$HOST_GPU_NUM$NODE_IP_LIST${IP_LIST:-}" ] ||
         refuse "the number of GPUs is not known: nvidia-smi -L does not answer. Set HOST_GPU_NUM, or run: nvidia-smi -pm 1"

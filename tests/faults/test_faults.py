@@ -154,7 +154,7 @@ RUNNING = {  # fault: (environment, what happens in the middle of a step, exit c
     "SIGHUP, terminal closed": (*hang_up, 129, r"failed: stopped by SIGHUP", 30),
 }  # fmt: skip
 BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
-    "node 2's disk full": (small_disk, {}, 1, r"failed: rank 1 on 10\.77\.0\.2: exit code 1: .*[Nn]o space left"),
+    "node 2's disk full": (small_disk, {}, 1, r"failed: rank 1 on 10\.77\.0\.2: exit code 1: no space left in "),
     "other code on node 2": (
         other_code,
         {},
@@ -163,7 +163,12 @@ BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
     ),
     "data missing on node 2": (no_data, {}, 2, r"10\.77\.0\.2: .*rows\.jsonl is missing; copy it there"),
     "wrong slots": (None, {"NODE_NUM": 5}, 2, r"NODE_NUM=5, but NODE_IP_LIST=\S+ there are 2 processes in all"),
-    "host key unknown, no terminal": (forget, {}, 2, r"10\.77\.0\.2: ssh does not know this host yet.* run once: ssh -p 36005 10\.77\.0\.2 true"),
+    "host key unknown, no terminal": (
+        forget,
+        {},
+        2,
+        r"10\.77\.0\.2: ssh: Host key verification failed.*run once: ssh -p 36005 10\.77\.0\.2 true",
+    ),
     "node 2 unreachable": (unreachable, {}, 2, r"10\.77\.0\.2: ssh: .*; try: ssh -p 36005 "),
     "node 2 wants a password": (
         no_key,

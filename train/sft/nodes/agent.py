@@ -4,9 +4,9 @@ launch.py calls `run` itself where the job has one machine. Of several, each get
 examine.py over its connection, so that its own, perhaps older, copy decides nothing. Besides these two: the standard
 library, psutil and torch.
 
-What the ranks print goes to stdout. The rest is JSON, an object a line: on stdin the orders (examine, look, start,
-signal, refused, and {} every few seconds), on stderr the answers (examined, seen, late, failed, done). When the
-launcher closes stdin, or is silent for SILENCE_SECONDS, the ranks end. A refused job leaves nothing that was made here.
+On stdin come the orders, a JSON object a line: examine and look, which are answered on stdout; start; signal; refused;
+and {} every few seconds. What the ranks print goes to stdout, at last what has failed to stderr. When the launcher
+closes stdin, or is silent for SILENCE_SECONDS, the ranks end. A refused job leaves nothing that was made here.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+
+import psutil
 
 from sft.nodes.examine import examine, number_of_gpus  # noqa: F401  (train.sh takes the second one from here)
 
@@ -45,10 +46,10 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
-def call_torch(job: dict, ended: list) -> None:
-    """Run the ranks under torch's elastic agent, until they have ended, on every node where all went well. `ended` gets
-    what failed: rank, exit code (-n: signal n), a reason or nothing; (None, 0, "") where nothing did."""
-    logging.disable(logging.CRITICAL)  # torch's own words: the launcher says how a rank ended
+def call_torch(job: dict, failed: list) -> None:
+    """Run the ranks under torch's elastic agent. It returns when they have ended, where all went well on all nodes.
+    `failed` gets rank, exit code (-n: signal n) and a reason, or nothing where none failed."""
+    logging.disable(logging.CRITICAL)  # torch's own words: ours are below
     host, port = job["master"]
     try:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -62,24 +63,23 @@ def call_torch(job: dict, ended: list) -> None:
             run_id="job",
             rdzv_backend="static",
             rdzv_endpoint=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-            rdzv_configs={"rank": job["node"]},
+            rdzv_configs={"rank": job["number"]},
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # no files: the ranks write where we do
         )
         command = ["-ISc", RANK, str(os.getpid()), *job["command"]]
         command = [word.replace("$", "$$") for word in command]  # torch fills ${local_rank} in
         elastic_launch(config, sys.executable)(*command)
-        ended.append((None, 0, ""))
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         rank = first_failure(codes)
-        ended.append((rank, codes[rank], full_disk(job["output"])))
-    except Exception as error:  # torch's agent itself has failed
-        ended.append((job["first_rank"], 1, f"{type(error).__name__}: {error}"))
+        failed.append((rank, codes[rank], full_disk(job["output"])))
+    except Exception as error:  # of torch's agent itself
+        failed.append((job["first_rank"], 1, f"{type(error).__name__}: {error}"))
 
 
 def first_failure(codes: dict[int, int]) -> int:
-    """Of {rank: exit code}, in the order in which they ended, the rank to name: one that ends with 1 may have lost its
+    """Of {rank: exit code}, in the order in which they ended, the rank to name. One that ends with 1 may have lost its
     peer, and torch ends the others by SIGTERM."""
     weights = {-signal.SIGTERM: 0, 1: 1}
     return max(codes, key=lambda rank: weights.get(codes[rank], 2))
@@ -93,71 +93,82 @@ def full_disk(directory: str | None) -> str:
     return ""
 
 
-def children(known: list, number: int) -> list:
-    """This process's ranks, once torch's agent has started all; what is known of them until then."""
-    import psutil
+class Ranks:
+    """The processes that torch's agent starts."""
 
-    if len(known) == number:
-        return known
-    return [child for child in psutil.Process().children() if child.name() != "tee"]
+    def __init__(self, number: int):
+        self.number, self.found = number, []
 
+    def alive(self) -> list:
+        """Those that have not ended."""
+        if len(self.found) < self.number:  # not all are started yet
+            with contextlib.suppress(psutil.Error):
+                self.found = [child for child in psutil.Process().children() if child.name() != "tee"]
+        return [rank for rank in self.found if rank.is_running()]
 
-def send(processes: list, number: int) -> None:
-    """A signal to each that has not ended."""
-    for process in processes:
-        if process.is_running():
+    def send(self, number: int) -> None:
+        for rank in self.alive():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+                os.kill(rank.pid, number)
+
+    def sweep(self) -> None:
+        """Kill what they have started: each leads a process group."""
+        for rank in self.found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(rank.pid, signal.SIGKILL)
 
 
-def run(job: dict, orders: queue.SimpleQueue, tell: Callable[[dict], None]) -> int:
-    """Run the ranks of one node to their end; the exit code of the first that failed (-n: signal n ended it), else 0.
+def run(job: dict, orders: queue.SimpleQueue) -> tuple[int, str]:
+    """Run the ranks of one node to their end. Returns the exit code of the first that failed, and what failed.
 
     Args:
-        job: command (without the interpreter), slots, first_rank, world_size, node (its number), nodes, master
-            [host, port], output (a directory, or None).
-        orders: {"signal": number} for every rank, {"end": True}. A second signal, later than what signals every process
-            of a container at once, is an end, too.
-        tell: gets the messages late and failed.
+        job: command (without the interpreter), world_size, nodes (how many), master [host, port], output (a directory,
+            or None), and of this node: number, host, slots, first_rank.
+        orders: {"signal": number} for every rank, {"end": True}. A second signal is an end, too, if it comes later than
+            what signals every process of a container at once.
     """
     os.environ["PYTHONIOENCODING"] = "utf-8"
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     if job["world_size"] > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job["slots"])))
-    ended: list[tuple] = []
-    torch_agent = threading.Thread(target=call_torch, args=(job, ended), daemon=True)
+    failed: list[tuple] = []
+    torch_agent = threading.Thread(target=call_torch, args=(job, failed), daemon=True)
     torch_agent.start()
-    ranks, signalled_at, kill_at = [], None, None
+    ranks, signalled_at, kill_at = Ranks(job["slots"]), None, None
     while torch_agent.is_alive():
         order = {}
         with contextlib.suppress(queue.Empty):
             order = orders.get(timeout=0.1)
-        now, ranks = time.monotonic(), children(ranks, job["slots"])
+        now, alive = time.monotonic(), ranks.alive()
         if "signal" in order and signalled_at is None:
             signalled_at = now
-            send(ranks, order["signal"])
-            if not ranks:
-                ended.append((job["first_rank"], -order["signal"], ""))
+            ranks.send(order["signal"])
+            if not alive:  # none is started yet
+                failed.append((job["first_rank"], -order["signal"], ""))
                 break
         elif "end" in order or "signal" in order and now - signalled_at > 2:
-            send(ranks, signal.SIGTERM)
+            ranks.send(signal.SIGTERM)
             kill_at = kill_at or now + KILL_SECONDS
-        if kill_at and not any(rank.is_running() for rank in ranks):
-            torch_agent.join(timeout=2)  # not where it waits for other nodes
+        if kill_at and not alive:
+            torch_agent.join(timeout=2)  # longer where it waits for other nodes
             break
         if kill_at and now > kill_at:
-            for number, rank in enumerate(ranks, job["first_rank"]):
-                if rank.is_running():
-                    tell({"late": [number, STATES.get(rank.status(), rank.status())]})
-            send(ranks, signal.SIGKILL)
+            for rank in alive:
+                with contextlib.suppress(psutil.Error):
+                    state = STATES.get(rank.status(), rank.status())
+                    name = f"rank {job['first_rank'] + ranks.found.index(rank)} on {job['host']}"
+                    os.write(1, f"{name} did not end by itself: {state}\n".encode())
+            ranks.send(signal.SIGKILL)
             kill_at = now + KILL_SECONDS
-    for rank in ranks:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(rank.pid, signal.SIGKILL)  # what it has started
-    failure = ended[0] if ended else (None, 0, "")
-    if failure[1]:
-        tell({"failed": failure})
-    return failure[1]
+    ranks.sweep()
+    if not failed:
+        return 0, ""
+    rank, code, reason = failed[0]
+    what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code == -signal.SIGKILL and not kill_at:
+        what += " (out of memory? see dmesg there)"
+    what += f": {reason}" if reason else ""
+    return 128 - code if code < 0 else code, f"rank {rank} on {job['host']}: {what}"
 
 
 # ------------------------------------------------------------------------------------------ one of several nodes
@@ -168,10 +179,9 @@ class Agent:
 
     def __init__(self):
         self.orders: queue.SimpleQueue = queue.SimpleQueue()
-        self.stdin, self.stderr = os.dup(0), os.dup(2)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the ranks inherit these
+        self.stdin, self.stderr, self.session = os.dup(0), os.dup(2), os.getppid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the ranks inherit these three
         os.dup2(1, 2)
-        self.session, self.closed = os.getppid(), threading.Event()
         self.refused, self.gone = False, False
         self.made: list[str] = []
         self.marker: str | None = None
@@ -188,40 +198,41 @@ class Agent:
                 self.refused |= "refused" in order
                 self.orders.put(order)
         self.gone = not ready
-        self.closed.set()
         self.orders.put({"end": True})
         time.sleep(2 * KILL_SECONDS)
-        self.leave()
+        self.leave(1)
 
-    def tell(self, message: dict) -> None:
-        """Answer the launcher, in vain where it is gone."""
-        if not self.gone:
-            with contextlib.suppress(OSError):
-                os.write(self.stderr, json.dumps(message).encode() + b"\n")
-
-    def examine(self, wanted: dict) -> None:
-        self.marker = wanted["marker"]
+    def answer(self, order: dict) -> dict:
+        if "look" in order:
+            return {"seen": sum(map(os.path.exists, order["look"]))}
+        self.marker = order["examine"]["marker"]
         try:
-            self.tell({"examined": examine(wanted, self.made)})
+            return examine(order["examine"], self.made)
         except Exception as error:  # the launcher reports it, whatever it is
-            self.tell({"examined": {"error": f"{type(error).__name__}: {error}"}})
+            return {"error": f"{type(error).__name__}: {error}"}
 
-    def start(self, job: dict) -> None:
-        """Run the ranks; what they print goes to this node's log, too."""
+    def start(self, job: dict) -> int:
+        """Run the ranks; what they print goes to this node's log, too. Returns the exit code."""
         self.tidy()
+        os.environ.update(job["env"])
+        made, self.made = self.made, []
         if job["log"]:
-            self.made[:0] = [] if os.path.lexists(job["log"]) else [os.path.abspath(job["log"])]
+            made[:0] = [] if os.path.lexists(job["log"]) else [os.path.abspath(job["log"])]
             tee = subprocess.Popen(["tee", "-a", job["log"]], stdin=subprocess.PIPE, start_new_session=True)
             os.dup2(tee.stdin.fileno(), 1)
             os.dup2(1, 2)
-        os.environ.update(job["env"])
-        code = run(job, self.orders, self.tell)
-        os.dup2(0, 1)
-        os.dup2(0, 2)
-        self.tell({"done": True})
-        self.closed.wait()  # the first node's agent holds the ranks' store; another node may refuse
-        if code != 2 and not (self.refused and code in (-signal.SIGTERM, -signal.SIGKILL)):
-            self.made = []
+            tee.stdin.close()
+        code, failure = run(job, self.orders)
+        if not self.gone:
+            os.write(self.stderr, json.dumps({"failure": failure}).encode() + b"\n")
+        if code == 2 or self.refused and code in (128 + signal.SIGTERM, 128 + signal.SIGKILL):
+            self.made = made
+        if job["log"]:
+            os.dup2(0, 1)
+            os.dup2(0, 2)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                tee.wait(timeout=5)  # it has the log open
+        return code
 
     def tidy(self) -> None:
         """Take the marker away that `examine` wrote."""
@@ -229,7 +240,7 @@ class Agent:
             with contextlib.suppress(OSError):
                 os.remove(self.marker)
 
-    def leave(self) -> None:
+    def leave(self, code: int) -> None:
         """End this process. What is left in `made` was made for a job that was refused."""
         self.tidy()
         for path in self.made:
@@ -237,32 +248,30 @@ class Agent:
                 os.remove(path) if os.path.isfile(path) else os.rmdir(path)
         if self.gone:  # over a dead network the ssh session would stay for a quarter of an hour
             hang_up(self.session)
-        os._exit(0)  # torch's thread may still wait
+        os._exit(code)  # torch's thread may still wait
 
 
 def hang_up(session: int) -> None:
-    """End the ssh session that this ran in. Where it is gone already, our parent is another process, in a container the
-    very sshd that listens."""
+    """End the ssh session that this ran in. Where it is gone already, our parent is another process, in a container
+    the very sshd that listens."""
     with contextlib.suppress(OSError), open(f"/proc/{session}/comm") as file:
         if os.getppid() == session and file.read().startswith("sshd"):
             os.kill(session, signal.SIGTERM)
 
 
 def main() -> None:
-    agent = Agent()
+    agent, code = Agent(), 0
     for number in (signal.SIGINT, signal.SIGHUP):  # what is meant for the ranks comes from the launcher
         signal.signal(number, lambda number, frame: None)  # not SIG_IGN, which the ranks would inherit
     signal.signal(signal.SIGTERM, lambda number, frame: agent.orders.put({"end": True}))
     threading.Thread(target=agent.listen, daemon=True).start()
     while "end" not in (order := agent.orders.get()):
-        if "examine" in order:
-            agent.examine(order["examine"])
-        elif "look" in order:
-            agent.tell({"seen": {"seen": sum(map(os.path.exists, order["look"]))}})
-        elif "start" in order:
-            agent.start(order["start"])
+        if "start" in order:
+            code = agent.start(order["start"])
             break
-    agent.leave()
+        if "examine" in order or "look" in order:  # a login shell may have begun a line
+            os.write(1, b"\n" + json.dumps(agent.answer(order)).encode() + b"\n")
+    agent.leave(code)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ network is lost.
 """
 
 import contextlib
-import functools
+import json
 import os
 import queue
 import re
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from sft.messages import Refused
-from sft.nodes.agent import KILL_SECONDS, run
-from sft.nodes.preflight import Node, connect, examine, number_from, read_nodes, visit
+from sft.nodes.agent import KILL_SECONDS, SILENCE_SECONDS, run
+from sft.nodes.preflight import examine, number_from, read_nodes, visit
+from sft.nodes.ssh import Node
 from sft.processes import die_with_parent, free_port
 
 FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_", "CUDA_", "DS_", "WANDB_", "PYTORCH_", "TRANSFORMERS_", "TQDM_")
@@ -31,8 +32,7 @@ FORWARDED += ("SHARP_", "SWANLAB_", "TRACKIO_", "MLFLOW_", "MODELSCOPE_", "TORCH
 FORWARDED += ("UCX_", "FI_", "MKL_", "CUBLAS_")
 SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")  # what a container sets is not there in a session of ssh
 BEAT_SECONDS = 2
-GRACE_SECONDS = 12  # for the other nodes' processes to end by themselves, once one has failed
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_SECONDS = 3  # for the other nodes' processes to end by themselves, once one has failed
 
 
 def forwarded(env: dict[str, str]) -> dict[str, str]:
@@ -48,103 +48,12 @@ def forwarded(env: dict[str, str]) -> dict[str, str]:
 
 @dataclass
 class Failure:
-    """What failed. Of failures in the same second the heaviest one is named: a rank that ends with exit code 1 may
-    have lost its peer."""
+    """What has failed on a node."""
 
-    what: str
     code: int
-    weight: int = 0
+    what: str
+    weight: int = 1  # 2: the node is lost; 0: a rank ended with exit code 1, and may have lost its peer
     when: float = field(default_factory=time.monotonic)
-
-
-class Watch:
-    """A job that runs: what the nodes print and say, the first failure, the end."""
-
-    def __init__(self, nodes: list[Node]):
-        self.nodes, self.lock = nodes, threading.Lock()
-        self.failures: list[Failure] = []
-        self.signalled: int | None = None
-        self.ending = False
-        self.unfinished = nodes[0].host if len(nodes) == 1 else None  # whose line may be; one machine's ranks print
-
-    def show(self, host: str, line: str) -> None:
-        """Print a node's line with its address in front; the launcher's own, where `host` is empty."""
-        with self.lock, contextlib.suppress(OSError, ValueError):  # a terminal that is gone
-            if self.unfinished not in (None, host):  # a progress bar
-                sys.stdout.write("\n")
-            sys.stdout.write(f"{host}: {line}" if host else line)
-            sys.stdout.flush()
-            self.unfinished = None if line.endswith("\n") else host
-
-    def handle(self, node: Node, message: dict | None) -> None:
-        """One message of a node, as agent.py lists them; None: its connection has ended."""
-        if message is None:
-            node.ended = True
-            if not node.done:
-                what = f"node {node.host}: its launcher or the connection to it ended"
-                what += f": {node.complaint}" if node.complaint else ""
-                self.failures.append(Failure(what, code=1, weight=2))
-        elif "done" in message:
-            node.done = True
-        elif "late" in message:
-            rank, state = message["late"]
-            self.show("", f"rank {rank} on {node.host} did not end by itself: {state}\n")
-        elif "failed" in message:
-            rank, code, reason = message["failed"]
-            name = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            if code == -signal.SIGKILL and not self.ending and not self.signalled:
-                name += " (out of memory? see dmesg there)"
-            what = f"rank {rank} on {node.host}: {name}" + (f": {reason}" if reason else "")
-            self.failures.append(Failure(what, 128 - code if code < 0 else code, int(code != 1)))
-
-    def run(self, inbox: queue.Queue, orders: queue.SimpleQueue) -> None:
-        """Until every node has ended: pass the orders on, end all once one has failed."""
-        deadline = None
-        while not all(node.ended for node in self.nodes):
-            with contextlib.suppress(queue.Empty):
-                self.handle(*inbox.get(timeout=0.1))
-            with contextlib.suppress(queue.Empty):
-                self.tell_all(orders.get_nowait())
-            now = time.monotonic()
-            if not self.ending and self.is_over(now):
-                self.ending, deadline = True, now + KILL_SECONDS + 8
-                if any(failure.code == 2 for failure in self.failures):
-                    self.tell_all({"refused": True})
-                for node in self.nodes:
-                    node.hang_up()
-            if self.ending and now > deadline:
-                break
-        for node in self.nodes[1:]:
-            node.process.kill()  # one beyond reach ends by itself
-
-    def tell_all(self, order: dict) -> None:
-        for node in self.nodes:
-            node.send(order)
-
-    def is_over(self, now: float) -> bool:
-        """Whether the nodes are to end: all are done, or one has failed and the others have had time for it."""
-        if all(node.done or node.ended for node in self.nodes):
-            return True
-        if not self.failures:
-            return False
-        grace = GRACE_SECONDS
-        if any(failure.code == 2 for failure in self.failures):
-            grace = 3  # rank 0 has said why
-        if any(failure.weight == 2 for failure in self.failures):
-            grace = 0
-        return now - self.failures[0].when > 1 + grace
-
-    def verdict(self) -> int:
-        """The exit code. Says what failed first, and where."""
-        if not self.failures:
-            return 0
-        soon = [failure for failure in self.failures if failure.when - self.failures[0].when <= 1]
-        first = max(soon, key=lambda failure: failure.weight)
-        by = f"stopped by {signal.Signals(self.signalled).name}; " if self.signalled else ""
-        by_hand = self.signalled == signal.SIGINT and first.code == 128 + signal.SIGINT and len(self.nodes) == 1
-        if first.code not in (2, 3, 75) and not by_hand:  # of these the training has told
-            self.show("", f"failed: {by}{first.what}\n")
-        return first.code
 
 
 def launch(command: list[str], given: dict[str, Any], log: Path | None) -> int:
@@ -156,59 +65,59 @@ def launch(command: list[str], given: dict[str, Any], log: Path | None) -> int:
         log: where train.sh writes; the other nodes get files like it, with their address in the name.
     """
     nodes = read_nodes(dict(os.environ))
-    several, watch = len(nodes) > 1, Watch(nodes)
-    inbox: queue.Queue = queue.Queue()
-    orders: queue.SimpleQueue = queue.SimpleQueue()
+    several = len(nodes) > 1
     port = number_from(dict(os.environ), "MASTER_PORT", 65535) or (29500 if several else free_port())
     if several:
-        command = prepare(nodes, inbox, watch.show, command, port, given)
+        command = prepare(nodes, command, port, given)
+    signals: list[int] = []
+    orders: queue.SimpleQueue = queue.SimpleQueue()
 
     def take(number: int, frame) -> None:
-        watch.signalled = watch.signalled or number
+        signals.append(number)
         orders.put({"signal": number})
 
-    for number in SIGNALS:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, take)
     job = {"command": command, "world_size": sum(node.slots for node in nodes), "nodes": len(nodes)}
     job |= {"master": [nodes[0].host if several else "127.0.0.1", port], "output": given.get("output_dir")}
-    for node in nodes:
-        own = job | {"node": node.number, "slots": node.slots, "first_rank": node.first_rank, "log": None}
-        if not several:
-            run(own, orders, functools.partial(watch.handle, node))
-            break
-        names = {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} - os.environ.keys()
-        own["env"] = dict.fromkeys(names, node.facts["interface"])
-        if log and node.number:
-            own["log"] = f"{log.with_suffix('')}_{node.host.replace(':', '-')}{log.suffix}"
-        node.send({"start": own})
+    parts = [job | {name: getattr(node, name) for name in ("number", "host", "slots", "first_rank")} for node in nodes]
     if several:
-        watch.run(inbox, orders)
-    for number in SIGNALS:  # should the terminal be held back
-        signal.signal(number, signal.SIG_DFL)
-    return watch.verdict()
+        for node, part in zip(nodes, parts, strict=True):
+            names = {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} - os.environ.keys()
+            part |= {"env": dict.fromkeys(names, node.facts["interface"]), "log": None}
+            if log and node.number:
+                part["log"] = f"{log.with_suffix('')}_{node.host.replace(':', '-')}{log.suffix}"
+            node.send({"start": part})
+        failure = watch(nodes, orders)
+    else:
+        code, what = run(parts[0], orders)
+        failure = Failure(code, what) if code else None
+    if failure is None:
+        return 0
+    by_hand = signals[:1] == [signal.SIGINT] and failure.code == 128 + signal.SIGINT and not several
+    if failure.code not in (2, 3, 75) and not by_hand:  # of these the training has told
+        by = f"stopped by {signal.Signals(signals[0]).name}; " if signals else ""
+        with contextlib.suppress(OSError):
+            print(f"\nfailed: {by}{failure.what}", flush=True)  # a progress bar may be unfinished
+    return failure.code
 
 
-def prepare(nodes, inbox, show, command: list[str], port: int, given: dict[str, Any]) -> list[str]:
+def prepare(nodes: list[Node], command: list[str], port: int, given: dict[str, Any]) -> list[str]:
     """Connect to the nodes and examine them. Returns the command with `--save_on_each_node` as their disks need it: on
     separate disks every node saves a checkpoint that is whole for its own ranks, on a shared one the chief does."""
     if given.get("hub_token"):
         raise Refused("--hub_token: would show in every node's process list; export HF_TOKEN instead")
     env = forwarded(dict(os.environ))
     for node in nodes:
-        connect(node, inbox, show, env)
+        node.connect(env)
     threading.Thread(target=beat, args=(nodes,), daemon=True).start()
     each = given.get("save_on_each_node")
     try:
-        shared = examine(nodes, inbox, os.path.dirname(os.path.abspath(command[0])), port, given)
+        shared = examine(nodes, os.path.dirname(os.path.abspath(command[0])), port, given)
         if shared and each:
             raise Refused("--save_on_each_node: the nodes share the output directory, and would write the same files")
-    except Refused:  # said once nothing is left of it on any node
-        for node in nodes:
-            node.hang_up()
-        for node in nodes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                node.process.wait(timeout=5 if node.facts else 0)
-            node.process.kill()
+    except BaseException:  # reported once nothing is left of it on any node
+        end(nodes, 5)
         raise
     if each is None and not shared:
         print("save_on_each_node = True (the nodes' output directories are separate)", flush=True)
@@ -224,6 +133,56 @@ def beat(nodes: list[Node]) -> None:
         time.sleep(BEAT_SECONDS)
         for node in nodes:
             node.send({})
+
+
+def watch(nodes: list[Node], orders: queue.SimpleQueue) -> Failure | None:
+    """Show what the nodes print and pass the orders on, until all have ended; one that fails ends the others. Returns
+    what failed first; of what failed in the same second, the heaviest."""
+    readers = [threading.Thread(target=node.show, daemon=True) for node in nodes]
+    for reader in readers:
+        reader.start()
+    running, failures = list(nodes), []
+    while running:
+        with contextlib.suppress(queue.Empty):
+            order = orders.get(timeout=0.1)
+            for node in nodes:
+                node.send(order)
+        for node in [node for node in running if node.process.poll() is not None]:
+            running.remove(node)
+            failures += [failure] if (failure := failure_of(node)) else []
+        lost = any(failure.weight == 2 for failure in failures)
+        if failures and time.monotonic() - failures[0].when > (1 if lost else 1 + GRACE_SECONDS):
+            if any(failure.code == 2 for failure in failures):
+                for node in nodes:
+                    node.send({"refused": True})
+            end(nodes, KILL_SECONDS + 8)
+            break
+    for reader in readers:
+        reader.join(timeout=SILENCE_SECONDS if not running else 2)
+    soon = [failure for failure in failures if failure.when - failures[0].when <= 1]
+    return max(soon, key=lambda failure: failure.weight, default=None)
+
+
+def failure_of(node: Node) -> Failure | None:
+    """What its agent, which has ended, or ssh said of a failure."""
+    said, code = node.last_words(), node.process.returncode
+    if not said.startswith('{"failure": '):
+        what = f"node {node.host}: its launcher or the connection to it ended" + (f": {said}" if said else "")
+        return Failure(1, what, 2)
+    what = json.loads(said)["failure"]
+    return Failure(code, what, int(code != 1)) if what else None
+
+
+def end(nodes: list[Node], seconds: float) -> None:
+    """Close the connections and wait until the agents have ended, but for one beyond reach, which ends by itself."""
+    deadline = time.monotonic() + seconds
+    for node in nodes:
+        node.hang_up()
+    for node in nodes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.process.wait(timeout=max(0, deadline - time.monotonic()))
+        if node.number > 0:
+            node.process.kill()
 
 
 # ------------------------------------------------------------------------- until train.sh's own start calls launch()

@@ -8,73 +8,30 @@ here switches host key checking off. Standard library only.
 
 import contextlib
 import errno
-import io
-import json
 import os
-import queue
 import re
 import secrets
-import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from sft.messages import Refused
 from sft.nodes.examine import GPU_SECONDS, number_of_gpus
-from sft.processes import die_with_parent
+from sft.nodes.ssh import LONGEST_SECONDS, Node, address_of, by_hand, ssh_command
 
 REQUIREMENTS = Path(__file__).resolve().parents[3] / "requirements.txt"
 COMPARED = ("model_name_or_path", "tokenizer_name_or_path", "train_data_file", "eval_data_file", "deepspeed")
-LONGEST_SECONDS = 75  # for a node to examine itself: nvidia-smi may take a minute
 SHM_BYTES = 1 << 30
 UNKNOWN = "Host key verification failed"
 NO_ANSWER = f"nvidia-smi -L fails or takes more than {GPU_SECONDS} s"
-# What ssh starts: its first line of input are variables, for a new interpreter. That one's first line has modules.
-READ_LINE = "json.loads(open(0, 'rb', 0, closefd=False).readline())"
-RUN_AGENT = (
-    f"import json, sys, types\nfor name, text in {READ_LINE}.items(): "
-    "exec(text, sys.modules.setdefault(name, types.ModuleType(name)).__dict__)"
-)
-BOOTSTRAP = (
-    f"import json, os, sys; os.environ.update({READ_LINE}); "
-    f"os.execv(sys.executable, [sys.executable, '-Pc', {RUN_AGENT!r}, 'agent.py'])"
-)
 
 
 # ------------------------------------------------------------------------------------------------ who takes part
-
-
-@dataclass
-class Node:
-    """A machine of the job, and the connection to it."""
-
-    host: str
-    slots: int
-    number: int = 0  # 0 is the chief
-    first_rank: int = 0
-    process: subprocess.Popen | None = None
-    done: bool = False  # its ranks have ended
-    ended: bool = False  # its connection has
-    complaint: str = ""  # the last line that ssh wrote to stderr
-    facts: dict = field(default_factory=dict)
-
-    def send(self, message: object) -> None:
-        """Send a message to agent.py; in vain where the connection is gone."""
-        with contextlib.suppress(OSError, ValueError):
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-
-    def hang_up(self) -> None:
-        """Close our end of the connection: the ranks there end, then the agent."""
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
 
 
 def read_nodes(env: dict[str, str]) -> list[Node]:
@@ -136,24 +93,6 @@ def number_from(env: dict[str, str], name: str, highest: int = 1 << 20) -> int |
 # ------------------------------------------------------------------------------------------------------------- ssh
 
 
-def ssh_command(host: str, *options: str) -> list[str]:
-    """ssh to a host. Its own configuration says what these options do not; host keys are checked as it says."""
-    port = ["-p", os.environ["SSH_PORT"]] if os.environ.get("SSH_PORT") else []
-    return ["ssh", "-oPasswordAuthentication=no", "-oConnectTimeout=8", *options, *port, "--", host]
-
-
-def by_hand(host: str) -> str:
-    """The ssh command to type for a host."""
-    port = f"-p {os.environ['SSH_PORT']} " if os.environ.get("SSH_PORT") else ""
-    return f"ssh {port}{host}"
-
-
-def looked_up(host: str) -> dict[str, str]:
-    """What ssh's configuration says of a host: hostname, port, userknownhostsfile…"""
-    shown = subprocess.run(ssh_command(host, "-G"), capture_output=True, text=True).stdout
-    return {"hostname": host, "port": "22"} | dict(line.split(" ", 1) for line in shown.splitlines() if " " in line)
-
-
 def visit(nodes: list[Node]) -> None:
     """Where somebody can answer, connect once to each host that ssh does not know, so that it asks its question."""
     if len(nodes) > 1 and shutil.which("ssh") is None:
@@ -168,56 +107,14 @@ def visit(nodes: list[Node]) -> None:
             subprocess.run([*ssh_command(host), "true"], stdout=subprocess.DEVNULL)
 
 
-def connect(node: Node, inbox: queue.Queue, show: Callable[[str, str], None], env: dict[str, str]) -> None:
-    """Start agent.py there with the variables of `env`. What its ranks print is shown; each of its messages goes into the
-    inbox as (node, message), (node, None) at the end."""
-    command = [sys.executable, "-Pc", BOOTSTRAP]
-    if node.number > 0:
-        alive = ("-oServerAliveInterval=5", "-oServerAliveCountMax=4", "-oBatchMode=yes", "-oControlPath=none", "-T")
-        command = [*ssh_command(node.host, *alive), f"exec {shlex.join(command)}"]
-    pipe = subprocess.PIPE
-    node.process = process = subprocess.Popen(
-        command,
-        stdin=pipe,
-        stdout=pipe,
-        stderr=pipe,
-        start_new_session=True,
-        pipesize=1 << 20,  # no message waits for a node
-        preexec_fn=die_with_parent if node.number > 0 else None,  # the chief's own sees our end by its pipe
-    )
-    node.send(env)
-    files = {"sft.nodes.examine": "examine.py", "__main__": "agent.py"}
-    node.send({name: Path(__file__).with_name(file).read_text(encoding="utf-8") for name, file in files.items()})
-
-    def relay() -> None:
-        for line in io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline=""):
-            show(node.host, line)
-        listener.join()
-        inbox.put((node, None))
-
-    def listen() -> None:
-        for line in process.stderr:
-            if line.startswith(b"{"):
-                inbox.put((node, json.loads(line)))
-            elif line.strip():  # ssh's own, or a login shell's
-                node.complaint = line.decode(errors="replace").strip()
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    threading.Thread(target=relay, daemon=True).start()
-
-
 # --------------------------------------------------------------------------------------------------------- examine
 
 
-def examine(nodes: list[Node], inbox: queue.Queue, code: str, port: int, given: dict[str, Any]) -> bool:
-    """Ask all nodes at once, print a line each. Returns whether they share the output directory.
+def examine(nodes: list[Node], code: str, port: int, given: dict[str, Any]) -> bool:
+    """Ask all nodes at once, print a line each. Returns whether they share the output directory; refuses nodes that
+    are not ready.
 
-    Args:
-        inbox: of (node, message).
-        code: the folder of train.py.
-        port: where the ranks will meet.
-        given: {flag: value}, as in launch.
+    `code` is the folder of train.py, `port` where the ranks will meet, `given` as in launch.
     """
     output, job = given.get("output_dir"), secrets.token_hex(4)
     resumed = given.get("resume_from_checkpoint")
@@ -231,13 +128,16 @@ def examine(nodes: list[Node], inbox: queue.Queue, code: str, port: int, given: 
     }
     markers = [os.path.join(output, f".node-{job}-{node.number}") if output else None for node in nodes]
     chief = (nodes[0].host, port)
-    deadline = time.monotonic() + LONGEST_SECONDS
+
+    def ask(node: Node) -> None:
+        own = {"marker": markers[node.number], "towards": chief, "reach": chief}
+        if node.number == 0:
+            own |= {"towards": (address_of(nodes[1].host), port), "reach": None}
+        node.facts = node.ask({"examine": wanted | own})
+
+    pool = ThreadPoolExecutor(len(nodes))
     with listen_on(*chief):
-        for node in nodes:
-            towards = chief if node.number else (looked_up(nodes[1].host)["hostname"], port)
-            own = {"towards": towards, "reach": chief if node.number else None, "marker": markers[node.number]}
-            node.send({"examine": wanted | own})
-        wait_for(nodes, inbox, "examined", deadline)
+        list(pool.map(ask, nodes))
     gpus = any(node.facts.get("gpus", 0) != 0 for node in nodes) and not given.get("use_cpu")
     problems = {node.host: problem_of(node, nodes[0], port, code, gpus) for node in nodes}
     for node in nodes:
@@ -248,14 +148,13 @@ def examine(nodes: list[Node], inbox: queue.Queue, code: str, port: int, given: 
         raise Refused("\n".join([f"{len(lines)} of {len(nodes)} nodes are not ready:", *lines]))
     if output is None:
         return False
-    for node in nodes:
-        node.send({"look": markers})
-    wait_for(nodes, inbox, "seen", deadline)
-    seen = {node.host: node.facts.get("seen", 0) for node in nodes}
-    if set(seen.values()) not in ({1}, {len(nodes)}):
-        found = ", ".join(f"{host} sees {number} of {len(nodes)}" for host, number in seen.items())
+    seen = [answer.get("seen", 0) for answer in pool.map(lambda node: node.ask({"look": markers}), nodes)]
+    if set(seen) not in ({1}, {len(nodes)}):
+        found = ", ".join(
+            f"{node.host} sees {number} of {len(nodes)}" for node, number in zip(nodes, seen, strict=True)
+        )
         raise Refused(f"OUTPUT_DIR={output}: some nodes share it and others do not ({found}): all, or none")
-    return set(seen.values()) == {len(nodes)}
+    return seen[0] == len(nodes)
 
 
 def listen_on(host: str, port: int) -> socket.socket:
@@ -270,26 +169,8 @@ def listen_on(host: str, port: int) -> socket.socket:
         raise Refused(f"MASTER_PORT={port} on {host}: {error.strerror or error}; {fix}") from None
 
 
-def wait_for(nodes: list[Node], inbox: queue.Queue, what: str, deadline: float) -> None:
-    """Put each node's answer into its facts. A node that has not answered at the deadline has none."""
-    waiting = {node.host for node in nodes if not node.ended}
-    while waiting and time.monotonic() < deadline:
-        with contextlib.suppress(queue.Empty):
-            node, message = inbox.get(timeout=0.2)
-            node.ended |= message is None
-            node.facts |= (message or {}).get(what, {})
-            if node.ended or what in message:
-                waiting.discard(node.host)
-
-
 def problem_of(node: Node, chief: Node, port: int, code: str, gpus: bool) -> str | None:
-    """The first thing that keeps a node from taking part, with what to do.
-
-    Args:
-        port: where the ranks will meet.
-        code: the folder of train.py.
-        gpus: the job runs on GPUs.
-    """
+    """The first thing that keeps a node from taking part, with what to do. `gpus`: the job runs on GPUs."""
     facts, here = node.facts, chief.facts
     if not facts:
         return why_no_answer(node)
@@ -339,13 +220,16 @@ def differing(here: dict, there: dict) -> str:
 
 def why_no_answer(node: Node) -> str:
     """What ssh said, with what to do."""
-    if not node.ended:
-        return f"no answer within {LONGEST_SECONDS} s; try: {by_hand(node.host)} true"
+    with contextlib.suppress(subprocess.TimeoutExpired):  # its end of the connection is closed
+        node.process.wait(timeout=2)
+    said = node.last_words()
     fix = f"try: {by_hand(node.host)} true"
-    if UNKNOWN in node.complaint:
+    if node.process.poll() == -signal.SIGKILL:
+        return f"no answer within {LONGEST_SECONDS} s; {fix}"
+    if UNKNOWN in said:
         fix = f"ssh does not know this host, or its key has changed; run once: {by_hand(node.host)} true"
-    if "Permission denied (" in node.complaint:
+    if "Permission denied (" in said:
         fix = f"run: ssh-copy-id {by_hand(node.host).removeprefix('ssh ')}"
-    if f"{sys.executable}: " in node.complaint:
+    if f"{sys.executable}: " in said:
         fix = f"{sys.executable} has to be there too: install the same environment at the same path"
-    return f"ssh: {node.complaint.removeprefix('ssh: ') or 'connection closed without output'}; {fix}"
+    return f"ssh: {said.removeprefix('ssh: ') or 'connection closed without output'}; {fix}"
