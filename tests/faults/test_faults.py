@@ -154,7 +154,7 @@ RUNNING = {  # fault: (environment, what happens in the middle of a step, exit c
     "SIGHUP, terminal closed": (*hang_up, 129, r"failed: stopped by SIGHUP", 30),
 }  # fmt: skip
 BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
-    "node 2's disk full": (small_disk, {}, 1, r"failed: rank 1 on 10\.77\.0\.2: exit code 1: no space left in "),
+    "node 2's disk full": (small_disk, {}, 1, r"failed: rank 1 on 10\.77\.0\.2: exit code 1\b.*[Nn]o space left"),
     "other code on node 2": (
         other_code,
         {},
@@ -177,7 +177,7 @@ BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
         r"10\.77\.0\.2: ssh: .*Permission denied.*; run: ssh-copy-id -p 36005 ",
     ),
     "no environment on node 2": (other_interpreter, {}, 2, r"10\.77\.0\.2: ssh: .*; \S+ has to be there too: install"),
-    "port taken": (take_port, {}, 2, r"MASTER_PORT=29500: Address already in use"),
+    "port taken": (take_port, {}, 2, r"MASTER_PORT=29500 on 10\.77\.0\.1: Address already in use"),
 }
 CAMPAIGN = ("launcher on node 2 SIGKILL", "rank 1 SIGSTOP, STALL_TIMEOUT=30", "Ctrl-C", "SIGHUP, terminal closed")
 CAMPAIGN += ("node 2's disk full", "node 2 unreachable")

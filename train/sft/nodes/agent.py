@@ -75,7 +75,7 @@ def call_torch(job: dict, failed: list) -> None:
         rank = first_failure(codes)
         failed.append((rank, codes[rank], full_disk(job["output"])))
     except Exception as error:  # of torch's agent itself
-        failed.append((job["first_rank"], 1, f"{type(error).__name__}: {error}"))
+        failed.append((job["first_rank"], 1, f": {type(error).__name__}: {error}"))
 
 
 def first_failure(codes: dict[int, int]) -> int:
@@ -89,7 +89,7 @@ def full_disk(directory: str | None) -> str:
     """Words on an output directory without room: libraries have others for it."""
     with contextlib.suppress(OSError):
         if directory and shutil.disk_usage(directory).free < 1 << 16:
-            return f"no space left in {directory} there"
+            return f" (no space left in {directory} there)"
     return ""
 
 
@@ -124,9 +124,10 @@ def run(job: dict, orders: queue.SimpleQueue) -> tuple[int, str]:
     Args:
         job: command (without the interpreter), world_size, nodes (how many), master [host, port], output (a directory,
             or None), and of this node: number, host, slots, first_rank.
-        orders: {"signal": number} for every rank, {"end": True}. A second signal is an end, too, if it comes later than
-            what signals every process of a container at once.
+        orders: {"signal": number} for every rank, {"end": True}. A second signal is an end, too, if it comes later
+            than what signals every process of a container at once.
     """
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the ranks inherit what we have
     os.environ["PYTHONIOENCODING"] = "utf-8"
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     if job["world_size"] > 1:
@@ -167,8 +168,7 @@ def run(job: dict, orders: queue.SimpleQueue) -> tuple[int, str]:
     what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     if code == -signal.SIGKILL and not kill_at:
         what += " (out of memory? see dmesg there)"
-    what += f": {reason}" if reason else ""
-    return 128 - code if code < 0 else code, f"rank {rank} on {job['host']}: {what}"
+    return 128 - code if code < 0 else code, f"rank {rank} on {job['host']}: {what}{reason}"
 
 
 # ------------------------------------------------------------------------------------------ one of several nodes
@@ -180,8 +180,7 @@ class Agent:
     def __init__(self):
         self.orders: queue.SimpleQueue = queue.SimpleQueue()
         self.stdin, self.stderr, self.session = os.dup(0), os.dup(2), os.getppid()
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the ranks inherit these three
-        os.dup2(1, 2)
+        os.dup2(1, 2)  # the ranks inherit it
         self.refused, self.gone = False, False
         self.made: list[str] = []
         self.marker: str | None = None

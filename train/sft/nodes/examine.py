@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 GPU_SECONDS = 60  # for nvidia-smi: eight GPUs without persistence mode take more than 11
 GPU_DEVICES = "/dev/nvidia[0-9]*"
@@ -57,15 +58,11 @@ def code(directory: str) -> dict[str, str]:
     return found
 
 
-def versions() -> dict[str, str | None]:
+def versions() -> dict[str, str]:
     """Of Python and the packages that have to agree, without importing them."""
-    found: dict[str, str | None] = {"python": ".".join(map(str, sys.version_info[:2]))}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    installed = reversed(list(importlib.metadata.distributions()))  # the first of a name is the one that is imported
+    found = {package.name: package.version for package in installed if package.name in PACKAGES}
+    return found | {"python": ".".join(map(str, sys.version_info[:2]))}
 
 
 def interface_towards(host: str, port: int) -> str | None:
@@ -95,15 +92,11 @@ def reach(host: str, port: int) -> str | None:
 def writable(marker: str, made: list[str]) -> str | None:
     """Write the file `marker`, with its directory; what prevents it, or None. `made` gets the new directories, the
     innermost first."""
-    folder = os.path.dirname(os.path.abspath(marker))
-    parent = folder
-    while not os.path.lexists(parent):
-        made.append(parent)
-        parent = os.path.dirname(parent)
+    folder = Path(marker).absolute().parent
+    made += [str(new) for new in (folder, *folder.parents) if not os.path.lexists(new)]
     try:
-        os.makedirs(folder, exist_ok=True)
-        with open(marker, "w") as file:
-            file.write("x" * 4096)
+        folder.mkdir(parents=True, exist_ok=True)
+        Path(marker).write_text("x" * 4096)
     except OSError as error:
         return error.strerror
     return None

@@ -149,6 +149,7 @@ def watch(nodes: list[Node], orders: queue.SimpleQueue) -> Failure | None:
                 node.send(order)
         for node in [node for node in running if node.process.poll() is not None]:
             running.remove(node)
+            readers[node.number].join(timeout=SILENCE_SECONDS)
             failures += [failure] if (failure := failure_of(node)) else []
         lost = any(failure.weight == 2 for failure in failures)
         if failures and time.monotonic() - failures[0].when > (1 if lost else 1 + GRACE_SECONDS):
@@ -157,20 +158,22 @@ def watch(nodes: list[Node], orders: queue.SimpleQueue) -> Failure | None:
                     node.send({"refused": True})
             end(nodes, KILL_SECONDS + 8)
             break
-    for reader in readers:
-        reader.join(timeout=SILENCE_SECONDS if not running else 2)
+    for node in running:
+        readers[node.number].join(timeout=2)
     soon = [failure for failure in failures if failure.when - failures[0].when <= 1]
     return max(soon, key=lambda failure: failure.weight, default=None)
 
 
 def failure_of(node: Node) -> Failure | None:
-    """What its agent, which has ended, or ssh said of a failure."""
+    """What failed on a node whose agent has ended: by the agent's last words, or by ssh's."""
     said, code = node.last_words(), node.process.returncode
     if not said.startswith('{"failure": '):
-        what = f"node {node.host}: its launcher or the connection to it ended" + (f": {said}" if said else "")
-        return Failure(1, what, 2)
+        what = f"node {node.host}: its launcher or the connection to it ended"
+        return Failure(1, f"{what}: {said}" if said else what, weight=2)
     what = json.loads(said)["failure"]
-    return Failure(code, what, int(code != 1)) if what else None
+    if node.error and code == 1:
+        what += f": {node.error}"
+    return Failure(code, what, weight=int(code != 1)) if what else None
 
 
 def end(nodes: list[Node], seconds: float) -> None:

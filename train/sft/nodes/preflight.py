@@ -150,9 +150,7 @@ def examine(nodes: list[Node], code: str, port: int, given: dict[str, Any]) -> b
         return False
     seen = [answer.get("seen", 0) for answer in pool.map(lambda node: node.ask({"look": markers}), nodes)]
     if set(seen) not in ({1}, {len(nodes)}):
-        found = ", ".join(
-            f"{node.host} sees {number} of {len(nodes)}" for node, number in zip(nodes, seen, strict=True)
-        )
+        found = ", ".join(f"{node.host} sees {seen[node.number]} of {len(nodes)}" for node in nodes)
         raise Refused(f"OUTPUT_DIR={output}: some nodes share it and others do not ({found}): all, or none")
     return seen[0] == len(nodes)
 
@@ -166,7 +164,8 @@ def listen_on(host: str, port: int) -> socket.socket:
         fix = "choose another"
         if error.errno != errno.EADDRINUSE:
             fix = "set LOCAL_IP to this machine's address"
-        raise Refused(f"MASTER_PORT={port} on {host}: {error.strerror or error}; {fix}") from None
+        what = os.strerror(error.errno) if error.errno else error
+        raise Refused(f"MASTER_PORT={port} on {host}: {what}; {fix}") from None
 
 
 def problem_of(node: Node, chief: Node, port: int, code: str, gpus: bool) -> str | None:
@@ -187,9 +186,9 @@ def problem_of(node: Node, chief: Node, port: int, code: str, gpus: bool) -> str
         return f"other versions than on the chief ({differ}); run there: {fix}"
     for path, files in here["paths"].items():
         there = facts["paths"][path]
-        if files and there is None:
+        if files is not None and there is None:
             return f"{path} is missing; copy it there"
-        if files and any(there.get(name) != size for name, size in files.items()):
+        if files is not None and any(there.get(name) != size for name, size in files.items()):
             return f"{path} differs from the chief's ({differing(files, there)}); copy it there"
     for file in facts["lacks"]:
         how = "save with --save_on_each_node, or copy it" if node.number else "is it the right path?"

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from sft.processes import die_with_parent
 
 KEEP_ALIVE = ("-oServerAliveInterval=5", "-oServerAliveCountMax=4")  # a node that is gone is noticed after 20 s
 LONGEST_SECONDS = 75  # for an answer: nvidia-smi may take a minute
+ERROR = re.compile(r"(?:\[rank\d+\]: )?((?:[\w.]+\.)?\w*(?:Error|Exception)\b.*)")  # torch puts the rank there
 HERE = Path(__file__).parent
 SENT = {"sft.nodes.examine": HERE / "examine.py", "__main__": HERE / "agent.py"}
 
@@ -49,7 +51,8 @@ class Node:
     facts: dict = field(default_factory=dict)
     process: subprocess.Popen | None = None
     output: io.TextIOWrapper | None = None
-    errors: Any = None  # a file
+    stderr: Any = None  # a file
+    error: str = ""  # the last line of the ranks that names an error
 
     def connect(self, env: dict[str, str]) -> None:
         """Start agent.py there, with these variables."""
@@ -57,12 +60,12 @@ class Node:
         if self.number > 0:
             options = (*KEEP_ALIVE, "-oBatchMode=yes", "-oControlMaster=no", "-oControlPath=none", "-T")
             command = [*ssh_command(self.host, *options), f"exec {shlex.join(command)}"]
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.errors,
+            stderr=self.stderr,
             start_new_session=True,
             preexec_fn=die_with_parent if self.number > 0 else None,  # the chief's own sees our end by its pipe
         )
@@ -88,6 +91,8 @@ class Node:
     def show(self) -> None:
         """Print what the ranks print, with the node's address in front of each line, until they have ended."""
         for line in self.output:
+            if error := ERROR.match(line):
+                self.error = error[1].strip()[:300]
             with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
                 sys.stdout.write(f"{self.host}: {line}")
                 sys.stdout.flush()
@@ -99,8 +104,8 @@ class Node:
 
     def last_words(self) -> str:
         """The last line on stderr: the agent's, {"failure": …}, or what ssh had to say."""
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").split("\n")
+        self.stderr.seek(0)
+        lines = self.stderr.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
