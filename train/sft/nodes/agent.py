@@ -17,6 +17,7 @@ import queue
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -50,6 +51,7 @@ def call_torch(job: dict, failed: list) -> None:
     """Run the ranks under torch's elastic agent. It returns when they have ended, where all went well on all nodes.
     `failed` gets rank, exit code (-n: signal n) and a reason, or nothing where none failed."""
     logging.disable(logging.CRITICAL)  # torch's own words: ours are below
+    socket.getfqdn = lambda name="": name  # torch asks at every event: seconds each where no name server answers
     host, port = job["master"]
     try:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -246,16 +248,17 @@ class Agent:
             with contextlib.suppress(OSError):  # not empty: another's files
                 os.remove(path) if os.path.isfile(path) else os.rmdir(path)
         if self.gone:  # over a dead network the ssh session would stay for a quarter of an hour
-            hang_up(self.session)
+            with contextlib.suppress(psutil.Error):
+                hang_up(self.session)
         os._exit(code)  # torch's thread may still wait
 
 
 def hang_up(session: int) -> None:
     """End the ssh session that this ran in. Where it is gone already, our parent is another process, in a container
     the very sshd that listens."""
-    with contextlib.suppress(OSError), open(f"/proc/{session}/comm") as file:
-        if os.getppid() == session and file.read().startswith("sshd"):
-            os.kill(session, signal.SIGTERM)
+    parent = psutil.Process().parent()
+    if parent and parent.pid == session and parent.name().startswith("sshd"):
+        parent.terminate()
 
 
 def main() -> None:

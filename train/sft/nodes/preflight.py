@@ -164,7 +164,7 @@ def listen_on(host: str, port: int) -> socket.socket:
         fix = "choose another"
         if error.errno != errno.EADDRINUSE:
             fix = "set LOCAL_IP to this machine's address"
-        what = os.strerror(error.errno) if error.errno else error
+        what = str(error.strerror).partition(" (while")[0]
         raise Refused(f"MASTER_PORT={port} on {host}: {what}; {fix}") from None
 
 

@@ -83,6 +83,7 @@ class Node:
         """The answer of agent.py, {} where there is none. What a login shell prints is passed over."""
         self.send(question)
         timer = threading.Timer(LONGEST_SECONDS, self.process.kill)
+        timer.daemon = True
         timer.start()
         answer = next((json.loads(line) for line in self.output if line.startswith("{")), {})
         timer.cancel()
