@@ -23,9 +23,10 @@ import sys
 import threading
 import time
 
-import psutil
-
 from sft.nodes.examine import examine, number_of_gpus  # noqa: F401  (train.sh takes the second one from here)
+
+with contextlib.suppress(ImportError):  # a node without it is still examined
+    import psutil
 
 SILENCE_SECONDS = 30  # the launcher, or the network to it, is gone
 KILL_SECONDS = 10  # from SIGTERM to SIGKILL
@@ -51,7 +52,7 @@ def call_torch(job: dict, failed: list) -> None:
     """Run the ranks under torch's elastic agent. It returns when they have ended, where all went well on all nodes.
     `failed` gets rank, exit code (-n: signal n) and a reason, or nothing where none failed."""
     logging.disable(logging.CRITICAL)  # torch's own words: ours are below
-    socket.getfqdn = lambda name="": name  # torch asks at every event: seconds each where no name server answers
+    socket.getfqdn = own_name
     host, port = job["master"]
     try:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -78,6 +79,12 @@ def call_torch(job: dict, failed: list) -> None:
         failed.append((rank, codes[rank], full_disk(job["output"])))
     except Exception as error:  # of torch's agent itself
         failed.append((job["first_rank"], 1, f": {type(error).__name__}: {error}"))
+
+
+def own_name(name: str = "") -> str:
+    """The name as it is, in place of socket.getfqdn: torch 2.13's agent calls it at each event, which takes seconds
+    where no name server answers. Goes with the release that does not."""
+    return name
 
 
 def first_failure(codes: dict[int, int]) -> int:
