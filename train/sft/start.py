@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sft.messages import BEFORE_THE_FIRST_STEP, Refused, end_by_ctrl_c, report_refusal, run_script
 
@@ -27,8 +27,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: end_by_ctrl_c(BEFORE_THE_FIRST_STEP))
 
 from sft.arguments import check_values, defaults
-from sft.nodes import launch
-from sft.nodes.agent import number_of_gpus
+from sft.nodes.examine import number_of_gpus
+from sft.nodes.launch import launch
 from sft.nodes.preflight import number_from, read_nodes, visit
 from sft.parser import parse_flags, with_config_file
 
@@ -181,8 +181,9 @@ def logged(log: Path) -> Iterator[None]:
         tee.wait()
 
 
-def run(job: Job, command: list[str]) -> int:
-    """Start the command and wait for it, with a log in OUTPUT_DIR; returns its exit code."""
+def run(job: Job, command: list[str], given: dict[str, Any]) -> int:
+    """Start the command and wait for it, with a log in OUTPUT_DIR; returns its exit code. `given`: the flags that it
+    has."""
     output = Path(job.variables["OUTPUT_DIR"])
     made = [path for path in (output, *output.parents) if not path.exists()]
     with contextlib.suppress(OSError):
@@ -197,7 +198,7 @@ def run(job: Job, command: list[str]) -> int:
             print(line, flush=True)
         try:
             visit(read_nodes(dict(os.environ)))  # hosts that ssh does not know: it asks, and reads the answer, here
-            code = launch.main(command, str(log))
+            code = launch(command, given, log)
         except Refused as refusal:
             report_refusal(refusal)
             code = 2
@@ -236,8 +237,15 @@ def main(argv: list[str]) -> None:
     os.environ["HOST_GPU_NUM"] = job.variables["HOST_GPU_NUM"]
     os.environ.setdefault("TQDM_MININTERVAL", "1")  # seconds; the bar goes to the log too
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    sys.exit(run(job, command))
+    sys.exit(run(job, command, values))
+
+
+def exit_past_threads(code: int | str) -> NoReturn:
+    """End the process although torch's agent may still wait in a thread."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code))
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]), stopped=BEFORE_THE_FIRST_STEP)
+    run_script(lambda: main(sys.argv[1:]), stopped=BEFORE_THE_FIRST_STEP, leave=exit_past_threads)
