@@ -5,14 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from conftest import free_port
 from hosts import TRAIN
+from runs import free_port
 from sft.messages import Refused
 from sft.nodes import agent, examine, launch, preflight, ssh
 
@@ -59,14 +60,6 @@ def test_what_contradicts_itself_is_refused_with_both_values(env, says):
     with pytest.raises(Refused) as refusal:
         preflight.read_nodes(env)
     assert all(part in str(refusal.value) for part in says), refusal.value
-
-
-def test_what_the_flags_say():
-    """Until train.sh's own start says it."""
-    command = ["train.py", "--train_data_file", "a", "b c", "--x=1", "--output-dir", "o", "--x", "2", "--use_cpu"]
-    expected = {"train_data_file": ["a", "b c"], "output_dir": "o", "x": "2", "use_cpu": True}
-    assert launch.given_by(command) == expected
-    assert launch.given_by(["--use-cpu=False"]) == launch.given_by(["--use_cpu", "no"]) == {"use_cpu": False}
 
 
 def test_what_differs_is_named():
@@ -249,7 +242,12 @@ def test_an_agent_ends_its_rank_when_the_launcher_is_silent(tmp_path, monkeypatc
     node = ssh.Node("localhost", 1)
     node.connect({})
     node.send({"start": job("time.sleep(60)", None)})
+    greeted = threading.Event()
+    beat = threading.Thread(target=lambda: [node.send({}) for _ in iter(lambda: greeted.wait(1), True)])
+    beat.start()  # until then it is not silent
     wait_for_hello(node)
+    greeted.set()
+    beat.join()
     assert node.process.wait(timeout=20) == 128 + signal.SIGTERM
 
 
