@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import TRAIN, make_model_dir
+from conftest import make_model_dir
 from sft.messages import Refused
 from sft.model.remote_code_441 import load_any
 from sft.model.weight_files import check_base, fingerprint, same_tensor
@@ -238,11 +236,3 @@ def test_without_base_json_the_name_is_compared(tmp_path, capsys, monkeypatch):
         assert check_base(tmp_path / "adapter", base, any_base=False) == "auto"
         said = capsys.readouterr().out
         assert said.count("\n") == warned and (not warned or said.startswith("warning: ") and named in said), named
-
-
-def test_merge_imports_no_transformers_without_need(tmp_path):
-    """Without base.json there is nothing that a class would have to be known for."""
-    (tmp_path / "adapter_config.json").write_text("{}")
-    code = "import sys; from pathlib import Path; from sft.model import weight_files as m; "
-    code += f"m.check_base(Path({str(tmp_path)!r}), Path('.'), False); sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=TRAIN).returncode == 0
