@@ -8,15 +8,16 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from runs import launch_command, losses, run_command, run_here, run_train
+from runs import launch_command, losses, run_command, run_here, run_script, run_train
 from tiny import EXAMPLE_TOKENIZER, REPO, SHARED, TESTS, make_format_tokenizer, make_hy_tokenizer, make_model_dir
 
-__all__ = ["REPO", "TESTS", "TRAIN", "launch_command", "run_command", "run_here"]  # for tests to import
+__all__ = ["REPO", "TESTS", "TRAIN", "launch_command", "run_command", "run_here", "run_script"]  # for tests to import
 TRAIN = REPO / "train"
 
 MARKERS = {
@@ -33,6 +34,7 @@ MARKERS = {
 def pytest_configure(config: pytest.Config) -> None:
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
+    sys.addaudithook(refuse_processes)
     if "PYTEST_XDIST_WORKER" in os.environ:  # a core each
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if "HYTEST_CACHE" not in os.environ:  # tokenized rows of tests are kept for this run of pytest only
@@ -47,6 +49,26 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two workers; none where something is to be seen (`pytest -s`), which they would swallow."""
     return 0 if config.option.capture == "no" else 2
+
+
+STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}
+running: list[pytest.Item] = []  # the unit test that runs now
+
+
+def refuse_processes(event: str, args: tuple) -> None:
+    """An audit hook: a unit test starts no process."""
+    if event in STARTS_A_PROCESS and running:
+        raise RuntimeError(f"{running[0].nodeid} starts a process ({event}): it belongs into tests/integration")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    if item.path.parent == TESTS / "unit":
+        running.append(item)
+    try:
+        return (yield)
+    finally:
+        running.clear()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,5 +1,8 @@
-"""Runs of the scripts as a user starts them: `run_train` for train.py, `run_command` for anything, `run_here` for what
-need not be a process. train.py's ranks are forked from a server (server.py) unless a cold start is asked for."""
+"""Runs of the scripts as a user starts them.
+
+`run_train` and `run_script` fork them from a server (server.py) unless a cold start is asked for, `run_command` runs
+any command, `run_here` what need not be a process.
+"""
 
 import atexit
 import functools
@@ -60,7 +63,13 @@ def launch_command(script: Path, launcher: str = "python", nproc: int = 1) -> li
     return [sys.executable, *launch, str(script)]
 
 
-def run_command(command: list[str], env: dict[str, str] | None = None, timeout: float = 600, cwd: Path | None = None):
+def run_command(
+    command: list[str],
+    env: dict[str, str] | None = None,
+    timeout: float = 600,
+    cwd: Path | None = None,
+    stdin: str = "",
+) -> subprocess.CompletedProcess:
     """Runs `command` to its end in a session of its own and returns CompletedProcess with text.
 
     After `timeout` seconds the whole session is killed, children included, and subprocess.TimeoutExpired holds what
@@ -68,10 +77,10 @@ def run_command(command: list[str], env: dict[str, str] | None = None, timeout: 
     """
     process = subprocess.Popen(
         command, env=environment(env), cwd=cwd, text=True, errors="replace", start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        stdout, stderr = process.communicate(timeout=timeout)
+        stdout, stderr = process.communicate(stdin, timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
@@ -127,9 +136,12 @@ class ServerRun:
         session: of all processes of the run, and their process group.
     """
 
-    def __init__(self, script: Path, args: Sequence, nproc: int, env: dict[str, str], cwd: Path | None):
+    def __init__(self, script: Path, args: Sequence, nproc: int, env: dict[str, str], cwd: Path | None, stdin: str):
         self.command = [str(script), *map(str, args)]
-        self.stdout, self.stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
+        files[0].write(stdin.encode())
+        files[0].seek(0)
+        self.stdout, self.stderr = files[1:]
         umask = os.umask(0)
         os.umask(umask)
         request = {
@@ -143,7 +155,7 @@ class ServerRun:
         assert len(packet) < server.PACKET, "a request that long needs a cold start"
         ours, theirs = os.pipe()
         self.reply = ours
-        socket.send_fds(start_server()[0], [packet], [self.stdout.fileno(), self.stderr.fileno(), theirs])
+        socket.send_fds(start_server()[0], [packet], [*(file.fileno() for file in files), theirs])
         os.close(theirs)
         self.lines, self.deadline = b"", None
         self.session, *self.pids = self.read_line(timeout=60)
@@ -185,7 +197,8 @@ class ServerRun:
         return subprocess.CompletedProcess(self.command, code, self.output(self.stdout), self.output(self.stderr))
 
 
-def run_train(
+def run_script(
+    script: str | Path,
     args: Sequence,
     launcher: str = "python",
     nproc: int = 1,
@@ -193,10 +206,12 @@ def run_train(
     timeout: float = 600,
     cwd: Path | None = None,
     cold: bool = False,
+    stdin: str = "",
 ) -> subprocess.CompletedProcess:
-    """Runs `train/train.py` with `args` as a process, or as `nproc` of them; never raises for an exit code.
+    """Runs a script of `train/` with `args` as a process, or as `nproc` of them; never raises for an exit code.
 
     Args:
+        script: its name in `train/`, or the path of another.
         launcher: `python`, `torchrun` or `deepspeed`.
         env: variables added to this process's. With more than one process OMP_NUM_THREADS is 1 unless given here.
         timeout: in seconds; see run_command.
@@ -204,14 +219,18 @@ def run_train(
         cold: start by the launcher's own command, imports and all. Otherwise the processes are forked from the server
             with the variables that `python` or `torchrun` would give them. `deepspeed`, a machine with a GPU, and
             variables that are read by imports always start cold.
+        stdin: what it can read.
     """
     if launcher == "python" and nproc != 1:
         raise ValueError(f"launcher {launcher!r} with nproc {nproc}")
     env = ({"OMP_NUM_THREADS": "1"} if nproc > 1 else {}) | (env or {})
     if cold or launcher == "deepspeed" or needs_cold_start(environment(env)):
-        command = launch_command(TRAIN / "train.py", launcher, nproc) + [str(arg) for arg in args]
-        return run_command(command, env, timeout, cwd)
-    return ServerRun(TRAIN / "train.py", args, nproc, environment(env), cwd).wait(timeout)
+        command = launch_command(TRAIN / script, launcher, nproc) + [str(arg) for arg in args]
+        return run_command(command, env, timeout, cwd, stdin)
+    return ServerRun(TRAIN / script, args, nproc, environment(env), cwd, stdin).wait(timeout)
+
+
+run_train = functools.partial(run_script, "train.py")
 
 
 # ------------------------------------------------------------------------------------------------- in this process

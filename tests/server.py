@@ -2,9 +2,9 @@
 
     python tests/server.py FD
 
-FD is one end of a Unix socket. Each packet that arrives there is a request, a json object with three open files. The
-server itself runs no torch operation and starts no thread, so that what it forks is as good as new. What the libraries
-read when they are imported (FIXED) is the server's for all its runs.
+FD is one end of a Unix socket. Each packet that arrives there is a request: a json object with four open files (stdin,
+stdout, stderr, and where to reply). The server itself runs no torch operation and starts no thread, so that what it
+forks is as good as new. What the libraries read when they are imported (FIXED) is the server's for all its runs.
 """
 
 import atexit
@@ -59,7 +59,7 @@ def threads() -> list[str]:
 def serve(control: socket.socket) -> None:
     """Fork a supervisor for each request, until the other end is closed."""
     while True:
-        packet, files, _, _ = socket.recv_fds(control, PACKET, 3)
+        packet, files, _, _ = socket.recv_fds(control, PACKET, 4)
         if not packet:
             return
         if len(threads()) != 1:
@@ -81,7 +81,7 @@ def reap() -> None:
         pass
 
 
-def supervise(request: dict, stdout: int, stderr: int, reply: int) -> None:
+def supervise(request: dict, stdin: int, stdout: int, stderr: int, reply: int) -> None:
     """Start the ranks of a run in a session of its own, and write two lines of json to `reply`: first the process ids
     (this one's, then the ranks'), at the end the ranks' exit codes in the order in which they ended."""
     os.setsid()
@@ -91,7 +91,7 @@ def supervise(request: dict, stdout: int, stderr: int, reply: int) -> None:
         pid = os.fork()
         if pid == 0:
             os.close(reply)
-            end_like_a_script(become_rank, request, env, stdout, stderr)
+            end_like_a_script(become_rank, request, env, (stdin, stdout, stderr))
         ranks.append(pid)
     os.write(reply, json.dumps([os.getpid(), *ranks]).encode() + b"\n")
     codes = wait_for(set(ranks))
@@ -123,7 +123,7 @@ def signal_all(pids: set[int], number: int) -> None:
         os.kill(pid, number)  # not reaped yet: it is there
 
 
-def become_rank(request: dict, env: dict[str, str], stdout: int, stderr: int) -> None:
+def become_rank(request: dict, env: dict[str, str], files: tuple[int, int, int]) -> None:
     """Run the script as `python SCRIPT ARGS` would, with the request's environment, folder, umask and files."""
     import torch
 
@@ -137,11 +137,10 @@ def become_rank(request: dict, env: dict[str, str], stdout: int, stderr: int) ->
     os.environ.update(env)
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS", os.cpu_count())))
     tempfile.tempdir = None  # TMPDIR may be another
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for own, fd in ((nothing, 0), (stdout, 1), (stderr, 2)):
-        os.dup2(own, fd)
-        os.close(own)
-    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))
+    for fd, file in enumerate(files):
+        os.dup2(file, fd)
+        os.close(file)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8")
     sys.stderr = io.TextIOWrapper(
         io.BufferedWriter(io.FileIO(2, "w", closefd=False)),

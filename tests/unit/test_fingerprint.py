@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import TRAIN, make_model_dir
+from conftest import make_model_dir
 from sft.messages import Refused
 from sft.model.adapter_base import check_base, fingerprint, is_same_tensor
 from sft.model.directory import ModelDirectory
@@ -244,13 +242,3 @@ def test_without_base_json_the_name_is_compared(tmp_path, capsys, monkeypatch):
         assert check_base(tmp_path / "adapter", ModelDirectory(base), any_base=False) == "auto"
         said = capsys.readouterr().out
         assert said.count("\n") == warned and (not warned or said.startswith("warning: ") and named in said), named
-
-
-def test_merge_imports_no_transformers_without_need(tmp_path):
-    """Without base.json there is nothing that a class would have to be known for."""
-    (tmp_path / "adapter_config.json").write_text("{}")
-    code = "import sys; from pathlib import Path; from sft.model import adapter_base as m, directory as d; "
-    code += (
-        f"m.check_base(Path({str(tmp_path)!r}), d.ModelDirectory('.'), False); sys.exit('transformers' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=TRAIN).returncode == 0

@@ -1,6 +1,6 @@
 """What ends a job on two machines: how soon, with which exit code and message, and what is left behind.
 
-    pytest -s -m "campaign or not campaign" tests/faults/test_faults.py
+    pytest -s -m "campaign or not campaign" tests/nodes/test_faults.py
 
 prints the table. Real hosts (hosts.py), plain DDP over gloo, a run that would go on for hours.
 """

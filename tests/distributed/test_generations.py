@@ -1,12 +1,11 @@
 """One table: every generation × {load, ZeRO-2, ZeRO-3, LoRA on attention, experts, shared experts, checkpoint alone,
 resume, merge}, with the difference that was measured in each cell.
 
-    pytest -s -m campaign tests/integration/test_generations.py
+    pytest -s -m campaign tests/distributed/test_generations.py
 """
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import reference
-from conftest import TRAIN, run_command
+from conftest import run_script
 from sft.model.directory import ModelDirectory
 from sft.model.load import load_model, open_directory
 from sft.training.plan import parse_arguments
@@ -75,7 +74,7 @@ def logits(model):
 
 
 def merge(*args):
-    run = run_command([sys.executable, str(TRAIN / "merge_lora_weight.py"), *map(str, args)])
+    run = run_script("merge_lora_weight.py", args)
     assert run.returncode == 0, run.stderr[-2000:]
 
 
