@@ -7,6 +7,7 @@ Runs the code that a tokenizer's directory brings with it. Refused (exit code 2)
 chat template, and the files and rows that train.py refuses.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def show_file(examples: Examples) -> None:
     edges = [0] + [2**i for i in range(4, 31) if 2 ** (i - 1) < lengths.max()]
     numbers = np.histogram(lengths - 1, edges)[0]
     for low, high, number in zip(edges, edges[1:], numbers):
-        bar = "█" * -(-int(number) * WIDTH // int(numbers.max()))
+        bar = "█" * math.ceil(WIDTH * number / numbers.max())
         print(f"{low + 1:>9} – {high:<9} {number:>9} {bar}")
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from sft.data.rows import BadRow
-from sft.data.thinking import Turn, as_templates_read, move_to_content, move_to_field, split_thinking
+from sft.data.thinking import Turn, as_templates_read, move_thinking, split_thinking
 from sft.data.tokens import TextEncoder, common_prefix
 
 SOME_TIME = datetime(2025, 1, 1, tzinfo=UTC)  # for a template that prints the time, where a row has none
@@ -123,22 +123,19 @@ class ChatFormat:
         """
         tools, options = row.get("tools"), switches_of(row)
         if self.own_rendering:
-
-            def render(upto: int, **more) -> str:
-                return self.tokenizer.apply_chat_template(
-                    messages[:upto], tools=tools, tokenize=False, **options, **more
-                )
+            render = functools.partial(self.tokenizer.apply_chat_template, tools=tools, tokenize=False, **options)
         else:
-            template = _compile_jinja_template(self.tokenizer.get_chat_template(None, tools))
             variables = {"tools": tools, "documents": None, "add_generation_prompt": False}
             variables = self.special_tokens_map | variables | options
             if self.prints_time:
                 variables["strftime_now"] = lambda form: time_of(row).strftime(form)
+            template = _compile_jinja_template(self.tokenizer.get_chat_template(None, tools))
 
-            def render(upto: int, **more) -> str:
-                return template.render(messages=messages[:upto], **variables | more)
+            def render(messages: list[dict], **more) -> str:
+                return template.render(messages=messages, **variables | more)
 
-        return functools.lru_cache(maxsize=8)(render)  # neighbouring turns need the same renders
+        # kept, as neighbouring turns need the same renders
+        return functools.lru_cache(maxsize=8)(lambda upto, **more: render(messages[:upto], **more))
 
     # --- a row -------------------------------------------------------------------------------------------------------
 
@@ -164,21 +161,19 @@ class ChatFormat:
                         raise BadRow(f"the row says no_think, but {where} carries thinking: one of them is wrong")
                     counts["no_think_with_thinking"] += asked_not_to_think
                 counts["without_thinking"] += self.thinks and not no_think and turn.thinking is None
-                message = self.move_thinking(message, turn)
+                if self.is_misplaced(turn):
+                    message = move_thinking(message, turn, to_field=self.reads_thinking)
                 if message.get("content") is None and self.needs_text:
                     message = message | {"content": ""}
             messages.append(as_templates_read(message))
         return messages, turns
 
-    def move_thinking(self, message: dict, turn: Turn) -> dict:
-        """The message with its thinking where the template reads it."""
-        if turn.thinking is None:
-            return message
-        if turn.in_content:
-            return move_to_field(message, turn) if self.reads_thinking else message
+    def is_misplaced(self, turn: Turn) -> bool:
+        """Whether a turn has thinking, and where the template does not read it."""
+        if turn.thinking is None or turn.in_content != self.reads_thinking:
+            return False
         # an empty field is no thinking where models do not think
-        moves = not self.reads_thinking and (turn.thinking or self.thinks)
-        return move_to_content(message, turn) if moves else message
+        return bool(turn.thinking) or turn.in_content or self.thinks
 
     def sequences(self, row: dict, train_on: str, counts: dict[str, int]) -> list[Sequence]:
         """Render a conversation, and find what the model has to say in it.
@@ -195,6 +190,7 @@ class ChatFormat:
         counts["turns_not_trained_on"] += len(turns) - len(trained)
         last = len(messages) - 1
         whole = render_turn(render, ending, last) if last in turns else render(len(messages))
+        # from the last turn back: a turn joins the sequence that holds its text as it was then, else it begins its own
         text, spans = whole, []
         sequences = [(text, spans)]
         for i in reversed(trained):
@@ -214,8 +210,10 @@ class ChatFormat:
         return [sequence for sequence in sequences if sequence[1]] or sequences[:1]
 
     def turn_start(self, render, ending: Ending, i: int, rendered: str, counts: dict[str, int]) -> int:
-        """The place where the model begins to write turn i: where the prompt of inference, which is what came before
-        with the generation prompt, stops agreeing with the rendered turn."""
+        """The place where the model begins to write turn i: where the rendered turn leaves the prompt of inference.
+
+        Raises BadRow where it leaves the history before the generation prompt: the template rewrites it then.
+        """
         prompt = render(i, add_generation_prompt=True)
         start = common_prefix(prompt, rendered)
         if start < len(prompt):

@@ -23,6 +23,8 @@ from sft.data.rows import BadRow, data_files, parse_row
 from sft.messages import Refused, note
 
 IGNORE_INDEX = -100  # the label of a token that is not supervised
+INTS = pa.list_(pa.int32())
+SCHEMA = pa.schema({"input_ids": INTS, "spans": INTS, "row_hash": pa.uint32()})
 
 
 @dataclass(frozen=True)
@@ -40,35 +42,33 @@ def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options
     Returns a table of `input_ids`, `spans` (first token and end of each supervised stretch, flat) and `row_hash` (the
     same for all sequences of a row).
     """
-    report, rows, texts = Report(), [], []
+    report, rendered, texts = Report(), [], []
     for number, line in lines:
         report.counts["rows"] += 1
         try:
             sequences = render_row(line, chat, options, report)
         except BadRow as error:
             report.found("bad", number, str(error))
-            continue
-        rows.append((number, line, sequences))
-        texts += [text for text, _ in sequences]
+        else:
+            rendered.append((number, line, sequences))
+            texts += [text for text, _ in sequences]
     all_ids = iter(chat.encoder.encode_each(texts))
-    columns = {"input_ids": [], "spans": [], "row_hash": []}
-    for number, line, sequences in rows:
+    encoded = []
+    for number, line, sequences in rendered:
         ids_of_row = [next(all_ids) for _ in sequences]
         if None in ids_of_row:
             report.found("bad", number, "the tokenizer raised an error")
             continue
-        kept = cut_row(sequences, ids_of_row, number, chat, options, report)
+        kept = cut_row(sequences, ids_of_row, chat, options)
+        longest = max(map(len, ids_of_row))
+        if longest > options.max_seq_length:
+            report.found("overlong", number, f"{longest} tokens")
+        if not kept and (longest <= options.max_seq_length or options.overlong == "truncate"):
+            report.found("unsupervised", number)
+        report.counts["split"] += len(kept) > 1
         row_hash = int.from_bytes(hashlib.blake2b(line.strip(), digest_size=4).digest(), "little")
-        for ids, spans in kept:
-            columns["input_ids"].append(ids)
-            columns["spans"].append(spans)
-            columns["row_hash"].append(row_hash)
-    table = {
-        "input_ids": lists(columns["input_ids"]),
-        "spans": lists(columns["spans"]),
-        "row_hash": pa.array(columns["row_hash"], pa.uint32()),
-    }
-    return pa.table(table), report
+        encoded += [{"input_ids": ids, "spans": spans, "row_hash": row_hash} for ids, spans in kept]
+    return pa.Table.from_pylist(encoded, SCHEMA), report
 
 
 def render_row(line: bytes | None, chat: ChatFormat, options: Options, report: Report) -> list[Sequence]:
@@ -87,16 +87,10 @@ def render_row(line: bytes | None, chat: ChatFormat, options: Options, report: R
 
 
 def cut_row(
-    sequences: list[Sequence],
-    ids_of_row: list[list[int]],
-    number: int,
-    chat: ChatFormat,
-    options: Options,
-    report: Report,
+    sequences: list[Sequence], ids_of_row: list[list[int]], chat: ChatFormat, options: Options
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, spans) of the row's sequences that have a supervised token within max_seq_length."""
     limit, kept = options.max_seq_length, []
-    longest = max(map(len, ids_of_row))
     for (text, spans), ids in zip(sequences, ids_of_row):
         if len(ids) > limit and options.overlong != "truncate":
             continue
@@ -107,18 +101,7 @@ def cut_row(
         spans = [(start, end) for start, end in zip(starts, ends) if start < end]
         if spans:
             kept.append((ids[:limit], np.array(spans, np.int32).ravel()))
-    report.counts["split"] += len(kept) > 1
-    if longest > limit:
-        report.found("overlong", number, f"{longest} tokens")
-    if not kept and (longest <= limit or options.overlong == "truncate"):
-        report.found("unsupervised", number)
     return kept
-
-
-def lists(arrays: list[np.ndarray]) -> pa.ListArray:
-    """int32 arrays as one Arrow column."""
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays) if arrays else np.zeros(0, np.int32))
 
 
 class Examples(torch.utils.data.Dataset):

@@ -70,10 +70,10 @@ def read_lines(file: Path, notes: list[str]) -> Iterator[tuple[int, bytes | None
             try:
                 line, too_long = next_line(lines)
                 one_array = not any_row and is_array(line, lines)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:  # the content is spoilt and stays so
-                raise Refused(cannot_be_read(file, number + 1, error)) from error
-            except OSError as error:
-                raise Unreadable(cannot_be_read(file, number + 1, error)) from error
+            except (EOFError, OSError, zlib.error) as error:
+                spoilt = not isinstance(error, OSError) or isinstance(error, gzip.BadGzipFile)  # and stays so
+                why = f"cannot be read ({type(error).__name__}): is the file whole?"
+                raise (Refused if spoilt else Unreadable)(f"{file}:{number + 1}: {why}") from error
             if not line:
                 break
             number += 1
@@ -105,10 +105,6 @@ def next_line(lines: BinaryIO) -> tuple[bytes, bool]:
     while too_long and piece and not piece.endswith(b"\n"):
         piece = lines.readline(2**20)
     return line, too_long
-
-
-def cannot_be_read(file: Path, number: int, error: Exception) -> str:
-    return f"{file}:{number}: cannot be read ({type(error).__name__}): is the file whole?"
 
 
 def is_array(first: bytes, rest: BinaryIO) -> bool:

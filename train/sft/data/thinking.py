@@ -45,21 +45,15 @@ def without_newlines(text: str) -> str:
     return text.removeprefix("\n").removesuffix("\n")
 
 
-def move_to_field(message: dict, turn: Turn) -> dict:
-    """The message with its thinking in `reasoning_content` and the bare answer in `content`."""
-    return without_thinking(message) | {"reasoning_content": turn.thinking, "content": turn.answer}
-
-
-def move_to_content(message: dict, turn: Turn) -> dict:
-    """The message with its thinking in `content`, in the pattern of the 2025 models."""
+def move_thinking(message: dict, turn: Turn, to_field: bool) -> dict:
+    """The message with its thinking in `reasoning_content`, or in `content` in the pattern of the 2025 models."""
+    others = {name: value for name, value in message.items() if name not in THINKING}
+    if to_field:
+        return others | {"reasoning_content": turn.thinking, "content": turn.answer}
     content = f"<think>\n{turn.thinking}\n</think>\n"
     if turn.answer or not message.get("tool_calls"):
         content += f"<answer>\n{turn.answer}\n</answer>"
-    return without_thinking(message) | {"content": content}
-
-
-def without_thinking(message: dict) -> dict:
-    return {name: value for name, value in message.items() if name not in THINKING}
+    return others | {"content": content}
 
 
 def as_templates_read(message: dict) -> dict:

@@ -9,6 +9,7 @@ import gc
 import hashlib
 import inspect
 import json
+import math
 import os
 import shutil
 import signal
@@ -156,7 +157,7 @@ def make_entry(entry: Path, file: Path, encode: Encode, workers: int) -> None:
 def write_rows(path: Path, file: Path, encode: Encode, workers: int) -> Report:
     """Stream the file's lines through `encode` into an Arrow file, in order."""
     size, report = file.stat().st_size, Report()
-    workers = min(workers, -(-size // CHUNK)) if file.suffix != ".gz" else workers
+    workers = workers if file.suffix == ".gz" else min(workers, math.ceil(size / CHUNK))
     # the bar appears when a pass takes more than a moment; in a log file it is a line now and then
     bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenizing {file.name}", delay=2,
                mininterval=0.5 if sys.stderr.isatty() else 20)  # fmt: skip

@@ -15,7 +15,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.ids = TokenIds(tokenizer)
+        self.id_of = functools.cache(lambda token: tokenizer.convert_tokens_to_ids([token])[0])
         tokenizer("", add_special_tokens=False)  # a fast tokenizer forgets truncation and padding that its file sets
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -28,7 +28,7 @@ class TextEncoder:
             encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
         if not tokenizer.is_fast and cls._encode_plus is PythonBackend._encode_plus:
-            return [[self.ids[token] for token in tokenizer.tokenize(text)] for text in texts]
+            return [list(map(self.id_of, tokenizer.tokenize(text))) for text in texts]
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def encode_each(self, texts: list[str]) -> list[list[int] | None]:
@@ -69,17 +69,6 @@ class TextEncoder:
             elif token is not None:
                 lengths[i] = len(token.encode() if isinstance(token, str) else token)
         return lengths
-
-
-class TokenIds(dict):
-    """Token → id, filled as tokens are met."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-
-    def __missing__(self, token: str | bytes) -> int:
-        self[token] = self.tokenizer.convert_tokens_to_ids([token])[0]
-        return self[token]
 
 
 def common_prefix(a: str | list[int], b: str | list[int]) -> int:
