@@ -11,7 +11,6 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from sft.model import moe
 from sft.training import save
 from sft.training.progress import Meter
-from sft.training.save import Companions
 from sft.training.trainer import Trainer
 
 LAYERS = 3
@@ -27,9 +26,20 @@ def model():
     return HunYuanMoEV1ForCausalLM(config)
 
 
+def base_directory(fp32_names=()):
+    """Stands for a base that keeps the named tensors in fp32; they are 0 there."""
+
+    def values(names):
+        return {name: torch.zeros(()) for name in names}
+
+    return SimpleNamespace(unused=frozenset(), names=frozenset(), fp32_names=frozenset(fp32_names), base_values=values)
+
+
 def make_trainer(model, folder, coefficient=0.0, **arguments) -> Trainer:
     args = TrainingArguments(str(folder), use_cpu=True, **{"report_to": "none"} | arguments)
-    return Trainer(model=model, args=args, meter=Meter(), companions=Companions({}), router_aux_loss_coef=coefficient)
+    return Trainer(
+        model=model, args=args, meter=Meter(), companions=base_directory(), router_aux_loss_coef=coefficient
+    )
 
 
 @pytest.fixture
@@ -128,9 +138,7 @@ def test_masters_are_held_only_while_a_rank_saves(saves, model, asked, tmp_path,
     routers = {name for name, _ in model.named_parameters() if "gate.wg" in name}
     frozen = min(routers)
     model.get_parameter(frozen).requires_grad = False
-    base = {name: torch.zeros(()) for name in routers}
-    source = SimpleNamespace(get_tensor=base.__getitem__)
-    trainer.companions = Companions({}, fp32_names=frozenset(routers), sources=dict.fromkeys(routers, source))
+    trainer.companions = base_directory(routers)
     trainer.stored = {name: name for name, _ in model.named_parameters()}
     trainer.is_deepspeed_enabled = True
     monkeypatch.setattr(type(trainer.args), "should_save", property(lambda args: saves))
@@ -147,7 +155,7 @@ def test_masters_go_when_saving_fails(model, asked, tmp_path, monkeypatch):
     trainer = make_trainer(model, tmp_path)
     trainer.is_deepspeed_enabled = True
     trainer.stored = {name: name for name, _ in model.named_parameters()}
-    trainer.companions = Companions({}, fp32_names=frozenset(trainer.stored))
+    trainer.companions = base_directory(trainer.stored)
 
     def fail(*args):
         assert trainer.masters
