@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from sft.messages import OUTPUT_ROOT, Parser, Refused, newest, read_json
+from sft.messages import OUTPUT_ROOT, Parser, Refused, newest, read_json, run_script
 from sft.model.adapter_base import check_base
 from sft.model.directory import ModelDirectory
 from sft.model.weight_files import INDEX
@@ -175,8 +175,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Refused as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

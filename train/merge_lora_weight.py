@@ -36,7 +36,7 @@ from sft.merging import (
     plan_updates,
     write_weights,
 )
-from sft.messages import OUTPUT_ROOT, Parser, Refused, choice, first_few, newest, read_json
+from sft.messages import OUTPUT_ROOT, Parser, Refused, choice, first_few, newest, read_json, run_script
 from sft.model.adapter_base import check_base
 from sft.model.directory import ModelDirectory
 from sft.model.weight_files import DTYPES, INDEX
@@ -200,8 +200,4 @@ def whole_or_absent(output: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Refused as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

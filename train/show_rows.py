@@ -18,7 +18,7 @@ from transformers.utils import logging
 from sft.data.chat_format import ChatFormat
 from sft.data.examples import Examples, Options, encode_rows, load_examples
 from sft.data.rows import data_files, read_lines
-from sft.messages import Parser, Refused
+from sft.messages import Parser, Refused, run_script
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 WIDTH = 50  # characters of the longest bar
@@ -99,11 +99,13 @@ def show_file(examples: Examples) -> None:
         print(f"{low + 1:>9} – {high:<9} {number:>9} {bar}")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run main; a reader that has read enough (`| head`) ends it."""
     try:
         main(sys.argv[1:])
-    except BrokenPipeError:  # `| head` has read enough
-        sys.stdout = None
-    except Refused as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        sys.exit(2)
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    run_script(run)

@@ -37,7 +37,7 @@ def started(monkeypatch):
             monkeypatch.setenv(name, str(value))
         ran = []
         monkeypatch.setattr(start, "number_of_gpus", lambda env: gpus)
-        monkeypatch.setattr(start, "run", lambda job, command: ran.append((job, command)) or 7)
+        monkeypatch.setattr(start, "run", lambda job, command, given: ran.append((job, command)) or 7)
         words = ["/x/train.sh", *RECIPE, "--", *LORA, "--", *EXAMPLE, "--", *map(str, flags)]
         with pytest.raises(SystemExit) as end:
             start.main(words)
