@@ -114,7 +114,7 @@ def test_workers_change_nothing(suffix, tokenizer, folder, tmp_path, monkeypatch
         shutil.rmtree(folder, ignore_errors=True)
         examples = load_examples([str(file), str(tmp_path / "bad.jsonl")], tokenizer, Options(), "skip", workers)
         found[workers] = [examples.rows.data.to_pydict(), examples.report.counts, examples.report.lines]
-        assert len(examples) == 1000 and examples.report.lines["bad"][0][0] == 501
+        assert len(examples) == 1000 and examples.report.lines["bad"][0][0] == f"{tmp_path}/bad.jsonl:501"
         assert tokenizer.decode(examples[77]["input_ids"]).endswith("a77<|eos|>")
     assert found[1] == found[3]
 

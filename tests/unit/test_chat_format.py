@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from conftest import FORMATS
 from sft.data.chat_format import ChatFormat
 from sft.data.examples import IGNORE_INDEX, Options, encode_rows
 from sft.data.rows import BadRow
+from sft.data.tokens import TextEncoder
+from tiny import FORMATS
 
 ALL = ("hy", "example", *FORMATS)
 
@@ -335,14 +336,14 @@ def test_the_shortcuts_are_what_they_shorten(name, format_tokenizer):
     """Rendering and tokenizing less their checks, token boundaries from byte lengths: the long way gives the same."""
     tokenizer = format_tokenizer(name)
 
-    class LongWay(ChatFormat):
+    class LongWay(TextEncoder):
         token_bytes = np.zeros(len(tokenizer), np.int64)
 
-        def tokenize(self, texts):
+        def encode(self, texts):
             return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
-    short, long = ChatFormat(tokenizer), LongWay(tokenizer)
-    long.own_rendering = True
+    short, long = ChatFormat(tokenizer), ChatFormat(tokenizer)
+    long.own_rendering, long.encoder = True, LongWay(tokenizer)
     for conversation, (messages, more) in CONVERSATIONS.items():
         if name != "hy" or "tools" not in more:  # that prints the time
             row = {"messages": messages, **more}

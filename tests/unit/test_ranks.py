@@ -1,7 +1,5 @@
 """What ranks do for one another at a logging step, at a save and in the backward pass: no more than is needed."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -9,6 +7,7 @@ from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM, TrainingAr
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from sft.model import moe
+from sft.model.directory import ModelDirectory
 from sft.training import save
 from sft.training.progress import Meter
 from sft.training.trainer import Trainer
@@ -26,19 +25,10 @@ def model():
     return HunYuanMoEV1ForCausalLM(config)
 
 
-def base_directory(fp32_names=()):
-    """Stands for a base that keeps the named tensors in fp32; they are 0 there."""
-
-    def values(names):
-        return {name: torch.zeros(()) for name in names}
-
-    return SimpleNamespace(unused=frozenset(), names=frozenset(), fp32_names=frozenset(fp32_names), base_values=values)
-
-
 def make_trainer(model, folder, coefficient=0.0, **arguments) -> Trainer:
     args = TrainingArguments(str(folder), use_cpu=True, **{"report_to": "none"} | arguments)
     return Trainer(
-        model=model, args=args, meter=Meter(), companions=base_directory(), router_aux_loss_coef=coefficient
+        model=model, args=args, meter=Meter(), companions=ModelDirectory(None), router_aux_loss_coef=coefficient
     )
 
 
@@ -138,7 +128,9 @@ def test_masters_are_held_only_while_a_rank_saves(saves, model, asked, tmp_path,
     routers = {name for name, _ in model.named_parameters() if "gate.wg" in name}
     frozen = min(routers)
     model.get_parameter(frozen).requires_grad = False
-    trainer.companions = base_directory(routers)
+    base = {name: torch.zeros(()) for name in routers}
+    trainer.companions.fp32_names = set(routers)
+    trainer.companions.values = lambda names: {name: base[name] for name in names}
     trainer.stored = {name: name for name, _ in model.named_parameters()}
     trainer.is_deepspeed_enabled = True
     monkeypatch.setattr(type(trainer.args), "should_save", property(lambda args: saves))
@@ -155,7 +147,7 @@ def test_masters_go_when_saving_fails(model, asked, tmp_path, monkeypatch):
     trainer = make_trainer(model, tmp_path)
     trainer.is_deepspeed_enabled = True
     trainer.stored = {name: name for name, _ in model.named_parameters()}
-    trainer.companions = base_directory(trainer.stored)
+    trainer.companions.fp32_names = set(trainer.stored)
 
     def fail(*args):
         assert trainer.masters

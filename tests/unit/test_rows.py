@@ -11,7 +11,8 @@ from mutations import mutated
 from sft.data import rows
 from sft.data.chat_format import ChatFormat
 from sft.data.examples import Options, encode_rows
-from sft.data.rows import ALPACA, ARRAY, NEEDED, SHAREGPT, BadRow, Report, data_files, parse_row, read_lines
+from sft.data.report import Report
+from sft.data.rows import ALPACA, ARRAY, NEEDED, SHAREGPT, BadRow, data_files, parse_row, read_lines
 from sft.messages import Refused
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -181,7 +182,7 @@ def test_mutated_rows_are_trained_as_written_or_reported(name, format_tokenizer,
         if outcome == "trained":
             row = json.loads(line)
             given = [m for m in row["messages"] if m != {"role": "system", "content": ""}]
-            given, _ = chat.messages({"messages": given}, Counter())
+            given, _ = chat.prepare({"messages": given}, Counter())
             ids = tokenizer.apply_chat_template(
                 given, tools=row.get("tools"), return_dict=False, is_training=given[-1]["role"] == "assistant"
             )

@@ -7,12 +7,57 @@ many steps as there are pairs of them, whatever the number of rows.
 
 import bisect
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
-from sft.data.examples import IGNORE_INDEX, Examples
+from sft.data.examples import IGNORE_INDEX, Examples, Options, load_examples
+from sft.messages import Refused, note
+
+
+@dataclass
+class Data:
+    """What is trained and evaluated on.
+
+    Attributes:
+        examples: the sequences of all training rows.
+        train: the same, or bins of them.
+        figures: the counts for train_results.json.
+    """
+
+    examples: Examples
+    train: "Examples | Bins"
+    evaluation: Examples | None
+    figures: dict[str, Any]
+
+
+def load_data(args: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
+    """The rows to train on and to evaluate on, tokenized, as arguments.DataArguments says. Refuses bad rows and a
+    split that leaves none."""
+    options = Options(args.max_seq_length, args.train_on, args.overlong)
+    how = (tokenizer, options, args.bad_rows, args.preprocessing_num_workers)
+    examples, evaluation = load_examples(args.train_data_file, *how), None
+    if args.eval_data_file:
+        evaluation = load_examples(args.eval_data_file, *how, flag="--eval_data_file")
+    elif args.eval_split:
+        examples, evaluation = examples.split(args.eval_split)
+        if not len(examples) or not len(evaluation):
+            purpose = "evaluate" if len(examples) else "train"
+            raise Refused(f"--eval_split {args.eval_split}: leaves no row to {purpose} on")
+    to_evaluate = f", {len(evaluation)} to evaluate on" if evaluation else ""
+    note(f"{examples.report.counts['rows']} rows: {len(examples)} sequences to train on{to_evaluate}")
+    figures: dict[str, Any] = examples.figures() | {
+        "num_examples": len(examples),
+        "num_eval_examples": len(evaluation or ()),
+    }
+    if args.packing != "bin":
+        return Data(examples, examples, evaluation, figures)
+    bins = Bins(examples, args.max_seq_length, seed)
+    note(f"{len(examples)} sequences in {len(bins)} bins, which are {bins.fill:.1%} full")
+    return Data(examples, bins, evaluation, figures | {"num_bins": len(bins), "bin_fill": bins.fill})
 
 
 @dataclass
@@ -87,7 +132,7 @@ def plan_bins(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray
     rows = rows[np.argsort(-lengths[rows].astype(np.int64), kind="stable")]
     sorted_lengths = lengths[rows]
     begins = np.flatnonzero(np.diff(sorted_lengths, prepend=-1)).tolist() + [len(rows)]
-    bin_of = np.empty(len(rows), np.int32)  # of the row at the same place in `rows`
+    bin_of: np.ndarray = np.empty(len(rows), np.int32)  # of the row at the same place in `rows`
     free: dict[int, list[np.ndarray]] = {}  # space left → bins
     spaces: list[int] = []  # the keys of `free`, ascending
     bins = 0

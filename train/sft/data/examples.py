@@ -3,11 +3,12 @@
 A row is `{"messages": [{"role": …, "content": …}, …]}`, rendered by the tokenizer's own chat template. The loss is on
 what the assistant says and on the token that ends its turn, nothing else (chat_format.py finds it).
 
-Refused (exit code 2): what rows.py refuses, and with `file:line` what it and chat_format.py call a bad row.
+Refused: what rows.py refuses, and with `file:line` what rows.py, thinking.py and chat_format.py call a bad row.
 """
 
 import functools
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +17,12 @@ import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sft.data.chat_format import WARNINGS, ChatFormat
-from sft.data.rows import ALPACA, NEEDED, SHAREGPT, SHOWN, BadRow, Report, data_files, parse_row
+from sft.data.chat_format import ChatFormat, Sequence
+from sft.data.report import Report, report_findings
+from sft.data.rows import BadRow, data_files, parse_row
 from sft.messages import Refused, note
 
 IGNORE_INDEX = -100  # the label of a token that is not supervised
-
-
-# -------------------------------------------------------------------------------------------------------------- tokens
 
 
 @dataclass(frozen=True)
@@ -44,57 +43,76 @@ def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options
     report, rows, texts = Report(), [], []
     for number, line in lines:
         report.counts["rows"] += 1
-        counts = dict.fromkeys(("turns", "turns_not_trained_on", *WARNINGS), 0)
         try:
-            if line is None:
-                raise BadRow("is longer than 16 MB")
-            row = parse_row(line)
-            try:
-                sequences = chat.sequences(row, options.train_on, counts)
-            except BadRow:
-                raise
-            except Exception as error:  # a template may raise anything, and its message may quote the row
-                raise BadRow(f"the chat template does not render it ({type(error).__name__})") from error
+            sequences = render_row(line, chat, options, report)
         except BadRow as error:
             report.found("bad", number, str(error))
             continue
-        report.counts.update(counts)
-        row_hash = int.from_bytes(hashlib.blake2b(line.strip(), digest_size=4).digest(), "little")
-        rows.append((number, row_hash, sequences))
+        rows.append((number, line, sequences))
         texts += [text for text, _ in sequences]
-    all_ids = iter(chat.tokenize_all(texts))
+    all_ids = iter(chat.encoder.encode_each(texts))
     columns = {"input_ids": [], "spans": [], "row_hash": []}
-    for number, row_hash, sequences in rows:
-        kept, too_long, row_ids = 0, 0, [next(all_ids) for _ in sequences]
-        if None in row_ids:
-            report.found("bad", number, "the tokenizer does not take it")
+    for number, line, sequences in rows:
+        ids_of_row = [next(all_ids) for _ in sequences]
+        if None in ids_of_row:
+            report.found("bad", number, "the tokenizer raised an error")
             continue
-        for (text, spans), ids in zip(sequences, row_ids):
-            ids = np.array(ids, np.int32)
-            cuts = chat.tokens_before(text, ids, [place for span in spans for place in span])
-            limit = options.max_seq_length
-            too_long = max(too_long, len(ids) if len(ids) > limit else 0)
-            if len(ids) > limit and options.overlong != "truncate":
-                continue
-            # nothing comes before the first token that could predict it
-            spans = [(max(a, 1), min(b, limit)) for a, b in zip(cuts[::2], cuts[1::2]) if max(a, 1) < min(b, limit)]
-            if spans:
-                kept += 1
-                columns["input_ids"].append(ids[:limit])
-                columns["spans"].append(np.array(spans, np.int32).ravel())
-                columns["row_hash"].append(row_hash)
-        report.counts["split"] += kept > 1
-        if too_long:
-            report.found("overlong", number, f"{too_long} tokens")
-        if not kept and not (too_long and options.overlong != "truncate"):
-            report.found("unsupervised", number)
-    return pa.table(
-        {
-            "input_ids": lists(columns["input_ids"]),
-            "spans": lists(columns["spans"]),
-            "row_hash": pa.array(columns["row_hash"], pa.uint32()),
-        }
-    ), report
+        kept = cut_row(sequences, ids_of_row, number, chat, options, report)
+        row_hash = int.from_bytes(hashlib.blake2b(line.strip(), digest_size=4).digest(), "little")
+        for ids, spans in kept:
+            columns["input_ids"].append(ids)
+            columns["spans"].append(spans)
+            columns["row_hash"].append(row_hash)
+    table = {
+        "input_ids": lists(columns["input_ids"]),
+        "spans": lists(columns["spans"]),
+        "row_hash": pa.array(columns["row_hash"], pa.uint32()),
+    }
+    return pa.table(table), report
+
+
+def render_row(line: bytes | None, chat: ChatFormat, options: Options, report: Report) -> list[Sequence]:
+    """The texts that a line becomes. Raises BadRow; a bad row adds nothing to the counts."""
+    if line is None:
+        raise BadRow("is longer than 16 MB")
+    row, counts = parse_row(line), Counter()
+    try:
+        sequences = chat.sequences(row, options.train_on, counts)
+    except BadRow:
+        raise
+    except Exception as error:  # a template may raise anything, and its message may quote the row
+        raise BadRow(f"the chat template does not render it ({type(error).__name__})") from error
+    report.counts.update(counts)
+    return sequences
+
+
+def cut_row(
+    sequences: list[Sequence],
+    ids_of_row: list[list[int]],
+    number: int,
+    chat: ChatFormat,
+    options: Options,
+    report: Report,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, spans) of the row's sequences that have a supervised token within max_seq_length."""
+    limit, kept = options.max_seq_length, []
+    longest = max(map(len, ids_of_row))
+    for (text, spans), ids in zip(sequences, ids_of_row):
+        if len(ids) > limit and options.overlong != "truncate":
+            continue
+        ids = np.array(ids, np.int32)
+        places = chat.encoder.tokens_before(text, ids, [place for span in spans for place in span])
+        starts = [max(start, 1) for start in places[::2]]  # nothing before the first token could predict it
+        ends = [min(end, limit) for end in places[1::2]]
+        spans = [(start, end) for start, end in zip(starts, ends) if start < end]
+        if spans:
+            kept.append((ids[:limit], np.array(spans, np.int32).ravel()))
+    report.counts["split"] += len(kept) > 1
+    if longest > limit:
+        report.found("overlong", number, f"{longest} tokens")
+    if not kept and (longest <= limit or options.overlong == "truncate"):
+        report.found("unsupervised", number)
+    return kept
 
 
 def lists(arrays: list[np.ndarray]) -> pa.ListArray:
@@ -150,25 +168,6 @@ class Examples(torch.utils.data.Dataset):
         }
 
 
-def load_data(args, tokenizer: PreTrainedTokenizerBase, options: Options) -> tuple["Examples", "Examples | None"]:
-    """The rows to train on and to evaluate on, as arguments.DataArguments says."""
-    how = (tokenizer, options, args.bad_rows, args.preprocessing_num_workers)
-    examples, evaluation = load_examples(args.train_data_file, *how), None
-    if args.eval_data_file:
-        evaluation = load_examples(args.eval_data_file, *how, flag="--eval_data_file")
-    elif args.eval_split:
-        examples, evaluation = examples.split(args.eval_split)
-        if not len(examples) or not len(evaluation):
-            raise Refused(
-                f"--eval_split {args.eval_split}: leaves no row to {'evaluate' if len(examples) else 'train'} on"
-            )
-    note(
-        f"{examples.report.counts['rows']} rows: {len(examples)} sequences to train on"
-        + (f", {len(evaluation)} to evaluate on" if evaluation else "")
-    )
-    return examples, evaluation
-
-
 def load_examples(
     patterns: list[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -186,54 +185,19 @@ def load_examples(
 
     from sft.data.tokenized import fingerprint, tokenized, workers_for
 
-    chat, parts, report = ChatFormat(tokenizer), [], Report()
-    print_tokenizer, encode = fingerprint(tokenizer), functools.partial(encode_rows, chat=chat, options=options)
-    named: dict[str, list[str]] = {}
     files = data_files(patterns, flag)
     workers = workers or workers_for(files)
+    encode = functools.partial(encode_rows, chat=ChatFormat(tokenizer), options=options)
+    key = [fingerprint(tokenizer), repr(options)]
+    parts, report = [], Report()
     for file in files:
-        rows, found = tokenized(file, [print_tokenizer, repr(options)], encode, workers)
-        parts.append(rows)
-        for kind, lines in found.lines.items():
-            named[kind] = named.get(kind, []) + [f"{file}:{n}" + (f": {what}" if what else "") for n, what in lines]
+        rows, found = tokenized(file, key, encode, workers)
         if found.notes:
             note(f"{file}: accepted: {', '.join(found.notes)}")
-        report.add(found)
-    say(report, named, options, bad_rows)
+        report.add(found, file)
+        parts.append(rows)
+    report_findings(report, bad_rows, options.overlong, options.max_seq_length)
     rows = datasets.concatenate_datasets(parts)
     if not len(rows):
         raise Refused(f"{flag} {' '.join(patterns)}: no row has a token to learn within --max_seq_length")
     return Examples(rows, report)
-
-
-def say(report: Report, named: dict[str, list[str]], options: Options, bad_rows: str) -> None:
-    """Refuse bad rows, or name them; say what else was found."""
-    counts = report.counts
-
-    def listed(kind: str) -> str:
-        more = counts[kind] - SHOWN
-        return "\n".join(named[kind][:SHOWN] + ([f"… {more} more"] if more > 0 else []))
-
-    if counts["bad"]:
-        text = f"{counts['bad']} of {counts['rows']} rows are bad:\n" + listed("bad")
-        if any(what.endswith((ALPACA, SHAREGPT)) for what in named["bad"]):
-            text += f"\n{NEEDED}"
-        if bad_rows == "error":
-            raise Refused(text + "\nMend them, or leave them out with --bad_rows skip")
-        note(f"--bad_rows skip: {text}")
-    if counts["overlong"]:
-        text = f"{counts['overlong']} rows are longer than --max_seq_length {options.max_seq_length}"
-        if options.overlong == "error":
-            raise Refused(f"{text} (--overlong error):\n" + listed("overlong"))
-        note(
-            f"{text}: " + ("cut at the right" if options.overlong == "truncate" else f"left out\n{listed('overlong')}")
-        )
-    if counts["unsupervised"]:
-        note(f"{counts['unsupervised']} rows are left out: no supervised token\n" + listed("unsupervised"))
-    if counts["split"]:
-        note(f"{counts['split']} rows become several sequences: the template rewrites earlier turns")
-    if counts["turns_not_trained_on"]:
-        note(f"{counts['turns_not_trained_on']} of {counts['turns']} assistant turns are not trained on")
-    for kind, text in WARNINGS.items():
-        if counts[kind]:
-            note(f"warning: {counts[kind]} {text}")

@@ -231,6 +231,8 @@ def main(command: list[str], log: str | None) -> int:
             raise
     watch = Watch(nodes, inbox, Printer(several))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup
+            continue
         signal.signal(number, lambda number, frame: watch.signals.append(number))
     world_size = sum(node.slots for node in nodes)
     for node in nodes:

@@ -7,15 +7,19 @@ import re
 import resource
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from sft.data.examples import IGNORE_INDEX
+from sft.model.files import write_json
 from sft.model.moe import first_of
+from sft.training.probe import Probe
 
 # dense bf16 FLOP/s of one device, by a part of its name (the makers' data sheets)
 PEAK_FLOPS = {
@@ -159,3 +163,26 @@ def model_flops_utilization(model: torch.nn.Module, tokens_per_second: float, ar
         used = size * share_of_experts if ".experts." in path else size
         flops += used * (6 if weight.requires_grad else 4)
     return flops * tokens_per_second / (peak * devices)
+
+
+def number_of_parameters(model: PreTrainedModel, trained: bool = False) -> int:
+    """Parameters of the model, or those that are trained; under ZeRO-3 their full size."""
+    parameters = [p for p in model.parameters() if p.requires_grad or not trained]
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+
+def write_results(trainer: Any, train_loss: float, probe: Probe | None, figures: dict[str, Any]) -> None:
+    """Write train_results.json: `figures` of the rows, and those of the run. All ranks must call."""
+    figures |= {
+        "train_loss": train_loss,
+        "global_step": trainer.state.global_step,
+        "global_batch_size": trainer.get_total_train_batch_size(trainer.args),
+        "trainable_params": number_of_parameters(trainer.model, trained=True),
+        "total_params": number_of_parameters(trainer.model),
+        **trainer.meter.results(trainer),
+        **(probe.results() if probe else {}),
+    }
+    if trainer.is_world_process_zero():
+        write_json(Path(trainer.args.output_dir, "train_results.json"), figures)
+        if probe:
+            probe.print_some()

@@ -13,17 +13,18 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from sft.data.batches import Filled
 from sft.data.examples import IGNORE_INDEX
 from sft.messages import choice
+from sft.model.directory import ModelDirectory
 from sft.model.load import without_adapter
 from sft.model.moe import Routers, moe_layers
+from sft.model.pretrained import load_pretrained
 from sft.model.weight_files import is_transformers_own, names_in_model
 from sft.training.progress import Meter, stop_if_not_finite
 from sft.training.save import (
-    Companions,
-    as_stored,
     gathered_state,
     master_values,
-    name_states,
     save_dtype,
+    with_base_names,
+    write_deepspeed_latest,
     write_on_this_rank,
 )
 
@@ -80,7 +81,7 @@ class Trainer(transformers.Trainer):
         router_aux_loss_coef: see model/moe.py.
     """
 
-    def __init__(self, *args, meter: Meter, companions: Companions, router_aux_loss_coef: float = 0.0, **kwargs):
+    def __init__(self, *args, meter: Meter, companions: ModelDirectory, router_aux_loss_coef: float = 0.0, **kwargs):
         training_args: transformers.TrainingArguments = kwargs["args"]
         if kwargs.get("eval_dataset") is not None:
             ranks_batch = training_args.world_size * training_args.eval_batch_size
@@ -92,6 +93,7 @@ class Trainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self.meter = meter
         self.companions = companions
+        companions.hold()
         self.masters: dict[str, torch.Tensor] = {}  # on the saving rank while it saves, see masters_to_save
         self.unlogged = 0.0
         self.add_callback(meter)
@@ -99,7 +101,7 @@ class Trainer(transformers.Trainer):
         if companions.unused and not self.is_adapter:
             why = "layers for next-token prediction, which the class does not have: saved as the base has them"
             choice("tensors copied", len(companions.unused), why)
-        found = {} if self.is_adapter else names_in_model(self.model, companions.names)
+        found = {} if self.is_adapter else names_in_model(self.model, companions.tensors)
         self.stored = {name: files[0] for name, files in found.items() if len(files) == 1}
 
     def make_routers(self, coefficient: float) -> Routers | None:
@@ -194,7 +196,7 @@ class Trainer(transformers.Trainer):
         self.stop_if_not_finite()
         super()._save_checkpoint(model, trial)
         if self.args.save_on_each_node and self.args.should_save and self.is_deepspeed_enabled:
-            name_states(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+            write_deepspeed_latest(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Do nothing but for FSDP: load_model has read the weights already, and the Trainer would miss the experts."""
@@ -207,10 +209,8 @@ class Trainer(transformers.Trainer):
         model."""
         if self.is_deepspeed_enabled or self.is_adapter:
             return super()._load_best_model()
-        from sft.model.remote_code_441 import load_any
-
         code = "native" if is_transformers_own(self.model) else "remote"
-        best, _ = load_any(self.state.best_model_checkpoint, code, dtype="auto")
+        best = load_pretrained(ModelDirectory(self.state.best_model_checkpoint, model_code=code), dtype="auto")
         self.model.load_state_dict(best.state_dict())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -240,7 +240,7 @@ class Trainer(transformers.Trainer):
         masters = master_values(self.model, fp32 & trained, keep)
         values = {self.stored[name]: value for name, value in masters.items()}
         if keep:  # frozen tensors have no masters
-            values |= self.companions.base_values({self.stored[name] for name in fp32 - trained})
+            values |= self.companions.values({self.stored[name] for name in fp32 - trained})
         return values
 
     @property
@@ -263,8 +263,8 @@ class Trainer(transformers.Trainer):
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         for tied in getattr(self.model, "all_tied_weights_keys", {}):
             state_dict.pop(tied, None)  # ZeRO-2 hands out both names of a tied tensor
-        saved = self.companions.cast(as_stored(self.model, state_dict, self.stored) | self.masters, dtype)
-        saved |= self.companions.base_values(self.companions.unused)
+        saved = self.companions.cast(with_base_names(self.model, state_dict, self.stored) | self.masters, dtype)
+        saved |= self.companions.values(self.companions.unused)
         state_dict.clear()  # the caller holds it too: now each tensor is freed once its part is written
         directory.mkdir(parents=True, exist_ok=True)
         if self.args.save_on_each_node:
