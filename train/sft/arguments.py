@@ -270,8 +270,10 @@ def build(values: dict[str, Any]) -> tuple[ModelArguments, DataArguments, Traini
 
     model, data = ModelArguments(**of(ModelArguments)), DataArguments(**of(DataArguments))
     training = TrainingArguments(**of(TrainingArguments))
-    kwargs = training.activation_checkpointing_kwargs or {}
-    if model.router_aux_loss_coef and training.activation_checkpointing and kwargs.get("use_reentrant"):
+    # transformers 5.17 has the old names alone
+    recomputes = getattr(training, "activation_checkpointing", training.gradient_checkpointing)
+    kwargs = getattr(training, "activation_checkpointing_kwargs", training.gradient_checkpointing_kwargs) or {}
+    if model.router_aux_loss_coef and recomputes and kwargs.get("use_reentrant"):
         raise Refused("--router_aux_loss_coef: gets no gradient with use_reentrant in --gradient_checkpointing_kwargs")
     gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     zero3 = training.deepspeed and training.hf_deepspeed_config.is_zero3()
