@@ -137,7 +137,7 @@ def plan_bins(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray
     begins = np.flatnonzero(np.diff(sorted_lengths, prepend=-1)).tolist() + [len(rows)]
     bin_of: np.ndarray = np.empty(len(rows), np.int32)  # of the row at the same place in `rows`
     free: dict[int, list[np.ndarray]] = defaultdict(list)  # groups of bins by the space that they have left
-    occupied = np.zeros(capacity + 1, bool)  # whether there are any
+    occupied: np.ndarray = np.zeros(capacity + 1, bool)  # whether there are any
     bins = 0
     for begin, end in zip(begins, begins[1:]):  # rows of one length
         length = int(sorted_lengths[begin])

@@ -122,6 +122,7 @@ class ChatFormat:
         apply_chat_template lets no function through.
         """
         tools, options = row.get("tools"), switches_of(row)
+        render: Callable[..., str]
         if self.own_rendering:
             render = functools.partial(self.tokenizer.apply_chat_template, tools=tools, tokenize=False, **options)
         else:
@@ -130,9 +131,7 @@ class ChatFormat:
             if self.prints_time:
                 variables["strftime_now"] = lambda form: time_of(row).strftime(form)
             template = _compile_jinja_template(self.tokenizer.get_chat_template(None, tools))
-
-            def render(messages: list[dict], **more) -> str:
-                return template.render(messages=messages, **variables | more)
+            render = lambda messages, **more: template.render(messages=messages, **variables | more)
 
         # kept, as neighbouring turns need the same renders
         return functools.lru_cache(maxsize=8)(lambda upto, **more: render(messages[:upto], **more))
@@ -147,7 +146,8 @@ class ChatFormat:
         """
         no_think = row.get("reasoning_effort") == "no_think" or row.get("enable_thinking") is False
         asked_not_to_think = False
-        messages, turns = [], {}
+        messages: list[dict] = []
+        turns: dict[int, Turn] = {}
         for i, message in enumerate(row["messages"]):
             if message["role"] == "system" and not message["content"]:
                 continue
@@ -191,7 +191,8 @@ class ChatFormat:
         last = len(messages) - 1
         whole = render_turn(render, ending, last) if last in turns else render(len(messages))
         # from the last turn back: a turn joins the sequence that holds its text as it was then, else it begins its own
-        text, spans = whole, []
+        text = whole
+        spans: list[tuple[int, int]] = []
         sequences = [(text, spans)]
         for i in reversed(trained):
             rendered = render_turn(render, ending, i)

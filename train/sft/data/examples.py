@@ -10,6 +10,7 @@ import functools
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,17 +47,20 @@ def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options
     for number, line in lines:
         report.counts["rows"] += 1
         try:
+            if line is None:
+                raise BadRow("is longer than 16 MB")
             sequences = render_row(line, chat, options, report)
+            row_hash = int.from_bytes(hashlib.blake2b(line.strip(), digest_size=4).digest(), "little")
         except BadRow as error:
             report.found("bad", number, str(error))
         else:
-            rendered.append((number, line, sequences))
+            rendered.append((number, row_hash, sequences))
             texts += [text for text, _ in sequences]
     all_ids = iter(chat.encoder.encode_each(texts))
     encoded = []
-    for number, line, sequences in rendered:
-        ids_of_row = [next(all_ids) for _ in sequences]
-        if None in ids_of_row:
+    for number, row_hash, sequences in rendered:
+        ids_of_row = [ids for _ in sequences if (ids := next(all_ids)) is not None]
+        if len(ids_of_row) < len(sequences):
             report.found("bad", number, "the tokenizer raised an error")
             continue
         kept = cut_row(sequences, ids_of_row, chat, options)
@@ -66,16 +70,14 @@ def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options
         if not kept and (longest <= options.max_seq_length or options.overlong == "truncate"):
             report.found("unsupervised", number)
         report.counts["split"] += len(kept) > 1
-        row_hash = int.from_bytes(hashlib.blake2b(line.strip(), digest_size=4).digest(), "little")
         encoded += [{"input_ids": ids, "spans": spans, "row_hash": row_hash} for ids, spans in kept]
     return pa.Table.from_pylist(encoded, SCHEMA), report
 
 
-def render_row(line: bytes | None, chat: ChatFormat, options: Options, report: Report) -> list[Sequence]:
+def render_row(line: bytes, chat: ChatFormat, options: Options, report: Report) -> list[Sequence]:
     """The texts that a line becomes. Raises BadRow; a bad row adds nothing to the counts."""
-    if line is None:
-        raise BadRow("is longer than 16 MB")
-    row, counts = parse_row(line), Counter()
+    row = parse_row(line)
+    counts: Counter[str] = Counter()
     try:
         sequences = chat.sequences(row, options.train_on, counts)
     except BadRow:
@@ -105,9 +107,9 @@ def cut_row(
 
 
 class Examples(torch.utils.data.Dataset):
-    """Token sequences, memory-mapped, with the counts that the results report."""
+    """Token sequences, memory-mapped (`rows`: a datasets.Dataset), with the counts that the results report."""
 
-    def __init__(self, rows: "datasets.Dataset", report: Report, index: np.ndarray | None = None):  # noqa: F821
+    def __init__(self, rows: Any, report: Report, index: np.ndarray | None = None):
         self.report = report
         self.rows = rows.with_format("numpy", columns=["input_ids", "spans"])
         self.index = np.arange(len(rows)) if index is None else index

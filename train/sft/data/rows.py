@@ -6,13 +6,14 @@ key twice, NUL, lone surrogates, over 16 MB, nested too deep, not a conversation
 
 import glob
 import gzip
+import io
 import json
 import os
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from sft.messages import Refused
 
@@ -27,6 +28,9 @@ ARRAY = "one JSON array, not one object a line"
 ALPACA = "in the Alpaca shape (instruction, input, output), not messages"
 SHAREGPT = "in the ShareGPT shape (conversations of from and value), not messages"
 NEEDED = 'What is needed: one JSON object a line, each with "messages", written to another file'
+
+
+Reader = gzip.GzipFile | io.BufferedReader
 
 
 class BadRow(ValueError):
@@ -65,7 +69,7 @@ def read_lines(file: Path, notes: list[str]) -> Iterator[tuple[int, bytes | None
     number, any_row, ends_in_newline = 0, False, True
     accepted: dict[str, None] = {}  # a set that keeps the order
     with open(file, "rb") as raw:
-        lines = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
+        lines: Reader = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
         while True:
             try:
                 line, too_long = next_line(lines)
@@ -97,7 +101,7 @@ def read_lines(file: Path, notes: list[str]) -> Iterator[tuple[int, bytes | None
     notes += accepted
 
 
-def next_line(lines: BinaryIO) -> tuple[bytes, bool]:
+def next_line(lines: Reader) -> tuple[bytes, bool]:
     """The next line, and whether it is over MAX_LINE; of such a line the beginning, and the rest is passed over."""
     line = lines.readline(MAX_LINE + 1)
     too_long = len(line) > MAX_LINE and not line.endswith(b"\n")
@@ -107,7 +111,7 @@ def next_line(lines: BinaryIO) -> tuple[bytes, bool]:
     return line, too_long
 
 
-def is_array(first: bytes, rest: BinaryIO) -> bool:
+def is_array(first: bytes, rest: Reader) -> bool:
     """Whether a file whose first row is `first` is one JSON array: of several lines, or of one and nothing after."""
     text = first.strip()
     if not text.startswith(b"["):
@@ -132,7 +136,7 @@ def parse_row(line: bytes) -> dict:
     return row
 
 
-def parse_json(line: bytes) -> object:
+def parse_json(line: bytes) -> Any:
     """The value of a line of JSON. Raises BadRow for what other programs would read in another way, too."""
     try:
         return DECODER.decode(line.decode("utf-8"))
@@ -164,7 +168,7 @@ def not_a_number(name: str):
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=not_a_number)
 
 
-def depth(value: object) -> int:
+def depth(value: Any) -> int:
     """How many objects and arrays lie inside one another."""
     levels, level = 0, [value]
     while level:
@@ -184,7 +188,7 @@ def check_escapes(line: bytes, row: object) -> None:
         raise BadRow("holds half a surrogate pair (a broken \\u escape)") from error
 
 
-def check_row(row: object) -> None:
+def check_row(row: Any) -> None:
     """Raise BadRow unless the row's messages are a conversation that can be trained on."""
     check_shape(row)
     for i, message in enumerate(row["messages"]):

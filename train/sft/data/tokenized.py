@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -43,6 +43,7 @@ CODE = sorted(Path(__file__).parent.glob("*.py"))
 
 Line = tuple[int, bytes | None]
 Encode = Callable[[list[Line]], tuple[pa.Table, Report]]
+_encode: Encode  # a worker's
 
 
 def tokenized(file: Path, key: list[str], encode: Encode, workers: int) -> tuple[datasets.Dataset, Report]:
@@ -91,7 +92,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         vocabulary = repr(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
         named = [Path(value) for name, value in given if name.endswith("_file") and isinstance(value, str)]
         files += [file for file in named if file.is_file()]
-        code = Path(inspect.getsourcefile(type(tokenizer)))
+        code = Path(inspect.getsourcefile(type(tokenizer)) or "")
         files += sorted(code.parent.glob("*.py")) if "transformers_modules" in code.parts else []
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     versions = [version(name) for name in ("transformers", "tokenizers", "jinja2", "tiktoken")]
@@ -183,7 +184,7 @@ def chunks(file: Path, notes: list[str]) -> Iterator[tuple[list[Line], int]]:
         yield lines, position
 
 
-def encoded(chunks: Iterator[tuple[list[Line], int]], encode: Encode, workers: int):
+def encoded(chunks: Iterator[tuple[list[Line], int]], encode: Encode, workers: int) -> Iterator:
     """Yield what `encode` makes of each chunk, in order. With several workers a few chunks are under way at a time."""
     if workers == 1:
         for lines, position in chunks:
@@ -192,7 +193,7 @@ def encoded(chunks: Iterator[tuple[list[Line], int]], encode: Encode, workers: i
     # forked: the tokenizer is not loaded again. A worker touches neither torch nor a device
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=begin_worker, initargs=(encode,))
     try:
-        under_way = deque()
+        under_way: deque[tuple[Future, int]] = deque()
         for lines, position in chunks:
             under_way.append((pool.submit(work, lines), position))
             if len(under_way) > 2 * workers:

@@ -36,7 +36,7 @@ class TextEncoder:
         if not texts:
             return []
         try:
-            return self.encode(texts)
+            return list(self.encode(texts))
         except Exception:  # one text fails all: halve them until it is alone
             if len(texts) == 1:
                 return [None]
@@ -48,7 +48,7 @@ class TextEncoder:
         ends = np.cumsum(self.token_bytes[ids])
         if len(ends) and ends[-1] == len(text.encode()):
             cuts = [len(text[:place].encode()) for place in places]
-            return np.searchsorted(ends, cuts, side="right").tolist()
+            return ends.searchsorted(cuts, side="right").tolist()
         # not a byte-level vocabulary, or text that the tokenizer normalises: where the tokens stop agreeing
         whole = ids.tolist()
         return [
@@ -62,7 +62,7 @@ class TextEncoder:
         byte_level = {chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
         byte_level |= {chr(256 + i) for i in range(68)}  # the characters that byte-level BPE writes other bytes as
         added = self.tokenizer.added_tokens_decoder
-        lengths = np.zeros(len(self.tokenizer), np.int64)
+        lengths: np.ndarray = np.zeros(len(self.tokenizer), np.int64)
         for i, token in enumerate(self.tokenizer.convert_ids_to_tokens(range(len(lengths)))):
             if i not in added and isinstance(token, str) and byte_level.issuperset(token):
                 lengths[i] = len(token)
