@@ -11,6 +11,7 @@ import time
 from unittest.mock import Mock
 
 import datasets
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
@@ -194,7 +195,7 @@ def start_pass(tmp_path, file, pause, workers):
 
 
 def children(pid):
-    return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
