@@ -40,6 +40,7 @@ FLAG_OF = {
     "TRAIN_DATA_FILE": "train_data_file",
     "OUTPUT_DIR": "output_dir",
     "DS_CONFIG": "deepspeed",
+    "STALL_TIMEOUT": "ddp_timeout",
 }
 # What a run that goes on is started with again.
 WHERE = (
@@ -65,7 +66,7 @@ class Job:
 
 def read_variables(given: dict[str, Any]) -> dict[str, str]:
     """train.sh's variables, with the values of flags that are given."""
-    variables = {name: os.environ.get(name, "") for name in (*FLAG_OF, "HOST_GPU_NUM", "STALL_TIMEOUT")}
+    variables = {name: os.environ.get(name, "") for name in (*FLAG_OF, "HOST_GPU_NUM")}
     for name, flag in FLAG_OF.items():
         if given.get(flag):
             variables[name] = str(given[flag])
@@ -90,12 +91,11 @@ def choose_machine(job: Job) -> int:
         raise Refused(f"HOST_GPU_NUM={wanted}: only {gpus} GPUs are visible")
     if not several:
         job.choose("HOST_GPU_NUM", gpus or 1, "the GPUs of this machine" if gpus else "no GPU")
-    if job.given.get("resume_from_checkpoint"):
-        pass  # its DeepSpeed file is the checkpoint's
-    elif gpus:
-        job.choose("DS_CONFIG", "ds_zero3_no_offload.json", "the default on GPUs")
-    else:
-        job.choose("DS_CONFIG", "none", "no GPU: DeepSpeed compiles for minutes on a CPU")
+    if not job.given.get("resume_from_checkpoint"):  # whose DeepSpeed file is the checkpoint's
+        if gpus:
+            job.choose("DS_CONFIG", "ds_zero3_no_offload.json", "the default on GPUs")
+        else:
+            job.choose("DS_CONFIG", "none", "no GPU: DeepSpeed compiles for minutes on a CPU")
     return gpus
 
 
@@ -165,7 +165,7 @@ def logged(log: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    copier = 'trap "" INT TERM HUP; exec tee -a "$0"'
+    copier = 'trap "" INT TERM HUP; exec tee -a -- "$0"'
     tee = subprocess.Popen(["sh", "-c", copier, str(log)], stdin=subprocess.PIPE)
     assert tee.stdin
     for number in (1, 2):
@@ -181,9 +181,9 @@ def logged(log: Path) -> Iterator[None]:
         tee.wait()
 
 
-def run(job: Job, command: list[str], given: dict[str, Any]) -> int:
-    """Start the command and wait for it, with a log in OUTPUT_DIR; returns its exit code. `given`: the flags that it
-    has."""
+def run(job: Job, command: list[str], values: dict[str, Any]) -> int:
+    """Start the command, whose flags have these values, and wait for it, with a log in OUTPUT_DIR; returns its exit
+    code."""
     output = Path(job.variables["OUTPUT_DIR"])
     made = [path for path in (output, *output.parents) if not path.exists()]
     with contextlib.suppress(OSError):
@@ -198,13 +198,13 @@ def run(job: Job, command: list[str], given: dict[str, Any]) -> int:
             print(line, flush=True)
         try:
             visit(read_nodes(dict(os.environ)))  # hosts that ssh does not know: it asks, and reads the answer, here
-            code = launch(command, given, log)
+            code = launch(command, values, log)
         except Refused as refusal:
             report_refusal(refusal)
             code = 2
     if code == 2:  # a refusal leaves nothing behind
         with contextlib.suppress(OSError):
-            log.unlink()
+            log.unlink(missing_ok=True)
             for path in made:
                 path.rmdir()
     return code
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> None:
     os.environ["GO_ON_WITH"] = " ".join([*go_on, "bash", shlex.quote(argv[0])])  # printed at Ctrl-C
     gpus = choose_machine(job)
     recipe = choose_model(job, argv[0], recipe, lora, example)
-    command = [str(TRAIN / "train.py"), *left_of(recipe, given, gpus), "--ddp_timeout", job.variables["STALL_TIMEOUT"]]
+    command = [str(TRAIN / "train.py"), *left_of(recipe, given, gpus)]
     for name, flag in FLAG_OF.items():
         if job.variables[name] and flag not in given:
             command += [f"--{flag}", job.variables[name]]
