@@ -182,3 +182,38 @@ def _run_train():
 @pytest.fixture(scope="session", name="losses")
 def _losses():
     return losses
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny matrices are slower on several threads, most of all beside other work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def merge(run_here):
+    """`merge(*args)`: merge_lora_weight.py in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*args) -> tuple[int, str, str]:
+        done = run_here("merge_lora_weight.py", args)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(base in shards, adapter) that fit each other; copy before changing."""
+    from adapters import make_adapter, make_base
+
+    folder = tmp_path_factory.mktemp("pair")
+    base = make_base(folder / "base", "hunyuan_v1_moe", dtype="bfloat16", max_shard_size="30KB")
+    return base, make_adapter(folder / "adapter", base)

@@ -30,8 +30,8 @@ def worker(way: str, base: str, folder: str) -> None:
     """One rank: load, and write the peaks."""
     from transformers import AutoModelForCausalLM
 
-    from sft.arguments import parse_arguments
-    from sft.model.load import load_model
+    from sft.model.load import load_model, open_directory
+    from sft.training.plan import parse_arguments
 
     flags = ["--model_name_or_path", base, "--train_data_file", "x", "--output_dir", folder, "--bf16"]
     args, _, training = parse_arguments([*flags, "--deepspeed", "ds_zero3_no_offload.json"])
@@ -48,7 +48,7 @@ def worker(way: str, base: str, folder: str) -> None:
 
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     else:
-        model = load_model(args, training, tokenizer=None)
+        model = load_model(args, training, None, open_directory(args))
     over.set()
     thread.join()
     kept = status()[0] - before[0]

@@ -50,6 +50,6 @@ def test_starts_and_trains_as_it_stands(
     assert results["world_size"] == (1 if launcher == "python" else 2)
     if name == "lora":  # of a given model the architecture flags say nothing, and that is said once
         assert run.stdout.count("ignored: --hidden_size") == 1
-        assert run.stdout.count("--save_safetensors False: no effect") == 1
+        assert run.stdout.count("--save_safetensors: no effect") == 1
     else:
         assert run.stdout.count("--model_size: no effect") == 1

@@ -23,6 +23,8 @@ TEMPLATE = (
     "{% else %}{{ message.content + '</s>' }}{% endif %}{% endfor %}"
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def make_tokenizer(path: Path, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """A tokenizer with four special tokens and one token a character."""
@@ -73,15 +75,6 @@ def expected(text: str, path: Path, adapter: Path | None = None, tokens: int = 8
             following = model(input_ids=torch.cat([ids, said], 1)).logits[:, -1].argmax(-1, keepdim=True)
             said = torch.cat([said, following], 1)
     return tokenizer.decode(said[0], skip_special_tokens=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices are slower on several threads, most of all beside other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,10 @@ traceback."""
 
 import errno
 import fcntl
+import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 import types
@@ -12,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TRAIN, run_command
+from conftest import TRAIN, free_port, run_command
 from sft.messages import Refused
-from sft.training import save
+from sft.training import output_dir
 
 
 def good(model, rows, out):
@@ -100,7 +102,8 @@ def test_train_sh_refuses_before_it_starts_anything(env, flags, says, tmp_path):
 def test_an_unknown_number_of_gpus_is_not_0(tmp_path):
     """T15: refused, unless it is given."""
     train = shutil.copytree(TRAIN, tmp_path / "train", ignore=shutil.ignore_patterns("output", "__pycache__"))
-    (train / "sft" / "nodes" / "agent.py").write_text("def number_of_gpus(env):\n    return None\n")
+    with (train / "sft" / "nodes" / "agent.py").open("a") as file:
+        file.write("\n\ndef number_of_gpus(env):\n    return None\n")
     command, env = ["bash", str(train / "train.sh")], {"MODEL_PATH": "m"}
     run = run_command(command, env=env)
     assert run.returncode == 2 and "nvidia-smi -pm 1" in run.stderr, run.stderr
@@ -151,20 +154,20 @@ def test_a_second_job_in_the_same_directory_is_refused(
 def test_without_locks_one_line_and_no_refusal(tmp_path, monkeypatch, capsys):
     """And a directory that cannot be written is refused where it would be made."""
     args = types.SimpleNamespace(output_dir=str(tmp_path / "a" / "b"), should_save=True, world_size=1)
-    save.lock_output_dir(args)
+    output_dir.lock_output_dir(args)
     assert not (tmp_path / "a").exists(), "nothing is made before the run begins"
 
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(save.fcntl, "flock", no_locks)
+    monkeypatch.setattr(output_dir.fcntl, "flock", no_locks)
     for _ in range(2):
-        save.lock_output_dir(args, begin=True)
+        output_dir.lock_output_dir(args, begin=True)
     assert capsys.readouterr().out.count("has no locks") == 1 and (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     args.output_dir = str(tmp_path / "file" / "out")
     with pytest.raises(Refused, match="cannot be written"):
-        save.lock_output_dir(args, begin=True)
+        output_dir.lock_output_dir(args, begin=True)
 
 
 @pytest.mark.parametrize(
@@ -185,3 +188,37 @@ def test_a_refusal_leaves_nothing_behind(flags, code, example_rows, tmp_path):
     run = run_command(["bash", str(TRAIN / "train.sh"), *args], env=path, cwd=tmp_path)
     assert run.returncode == code and "secret" not in run.stdout, run.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+AT_EXIT = """
+import atexit, os, pathlib, time
+if "RANK" in os.environ:
+    file = pathlib.Path(os.environ["ENDED"], os.environ["RANK"])
+    atexit.register(lambda: file.write_text(str(time.time())))
+"""
+
+
+@pytest.mark.parametrize("code", [2, 0], ids=["refused", "done"])
+def test_ranks_end_together_after_their_atexit_handlers(
+    code, model_dir, example_tokenizer_dir, example_rows, tmp_path
+):
+    """H1: as wandb registers one. Of a refusal that all ranks have come to only rank 0 speaks, and none waits."""
+    (tmp_path / "sitecustomize.py").write_text(AT_EXIT)
+    (tmp_path / "bad.jsonl").write_text("{secret\n")
+    rows = tmp_path / "bad.jsonl" if code else example_rows
+    args = good(model_dir("dense", example_tokenizer_dir), rows, tmp_path / "out")
+    command = [sys.executable, str(TRAIN / "train.py"), *map(str, args), "--max_steps", "1"]
+    job = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    job |= {"PYTHONPATH": tmp_path, "ENDED": tmp_path, "OMP_NUM_THREADS": 1}
+    ranks = []
+    for rank in (0, 1):
+        env = os.environ | {key: str(value) for key, value in (job | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        pipe = subprocess.PIPE
+        ranks.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True))
+    said = [process.communicate(timeout=300)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [code, code], said
+    ended = [float((tmp_path / rank).read_text()) for rank in "01"]
+    assert abs(ended[0] - ended[1]) < 5, "neither waits for the other to be ended"
+    assert [text.count("refused: ") for text in said] == [1 if code else 0, 0]
+    if not code:
+        assert json.loads((tmp_path / "out" / "train_results.json").read_text())["world_size"] == 2

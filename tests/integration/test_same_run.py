@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from conftest import REPO, TRAIN, run_command
 from sft.messages import Refused
-from sft.training.resume import read_plan
+from sft.training.plan import read_plan
 
 PATH = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 ZERO2, ZERO3 = "ds_zero2_no_offload.json", "ds_zero3_no_offload.json"

@@ -3,14 +3,13 @@
 import inspect
 import json
 import os
-import types
 
 import pytest
 import transformers
 
-from sft.arguments import parse_arguments
 from sft.messages import Refused
-from sft.training.environment import join_the_others
+from sft.training.environment import set_rendezvous_variables
+from sft.training.plan import parse_arguments
 
 BASE = ["--output_dir", "out", "--use_cpu"]
 
@@ -109,19 +108,19 @@ def test_ranks_of_a_node_under_srun(tasks, node, local, monkeypatch):
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setenv("MASTER_ADDR", "first")
-    join_the_others(types.SimpleNamespace(deepspeed=None))
+    set_rendezvous_variables(deepspeed=False)
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]) == ("9", "20", local)
 
 
 def test_transformers_still_starts_gloo_without_the_timeout():
-    """When this fails, machine.meet_on_cpus can go."""
+    """When this fails, environment.init_gloo can go."""
     source = inspect.getsource(transformers.TrainingArguments._setup_devices.func)
     cpu, _, others = source.partition('accelerator_state_kwargs["cpu"] = True')[2].partition("elif")
     assert "timeout" not in cpu and "timeout" in others
 
 
 def test_transformers_and_deepspeed_still_save_on_global_rank_0_alone():
-    """When this fails, checkpoint.write_on_this_rank or checkpoint.name_states can go."""
+    """When this fails, save.write_on_this_rank or save.write_deepspeed_latest can go."""
     deepspeed = pytest.importorskip("deepspeed")
     saves = inspect.getsource(transformers.PreTrainedModel.should_save_on_this_rank)
     assert "_get_torch_distributed_rank() == 0" in saves

@@ -7,15 +7,9 @@ import pytest
 import torch
 
 from sft.messages import Refused
-from sft.training.resume import (
-    check_training_state,
-    follow_schedule,
-    losses_so_far,
-    read_trainer_state,
-    spelled,
-    steps_left,
-    zero_of,
-)
+from sft.training.go_on import follow_schedule, losses_so_far
+from sft.training.plan import spelled, zero_of
+from sft.training.resume import check_training_state, read_trainer_state, steps_left
 
 
 def arguments(**more):
@@ -45,7 +39,7 @@ def deepspeed_checkpoint(folder, ranks):
 
 
 def test_a_whole_one_goes_on(checkpoint, capsys):
-    check_training_state(str(checkpoint), arguments())
+    check_training_state(checkpoint, arguments())
     assert f"going on from {checkpoint}" in capsys.readouterr().out
 
 
@@ -58,29 +52,29 @@ def test_a_part_that_is_missing_or_cut_is_named(name, damage, checkpoint):
     if damage == "not whole":
         file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(Refused, match=f"{name} is {damage}"):
-        check_training_state(str(checkpoint), arguments())
+        check_training_state(checkpoint, arguments())
 
 
 def test_each_rank_needs_its_random_state(checkpoint):
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
     with pytest.raises(Refused, match=r"rng_state_1\.pth is missing"):
-        check_training_state(str(checkpoint), arguments(world_size=2))
+        check_training_state(checkpoint, arguments(world_size=2))
 
 
 def test_deepspeeds_states_are_one_a_rank(checkpoint):
     engine = SimpleNamespace(config={"zero_optimization": {"stage": 2}})
     args = arguments(deepspeed="x", world_size=2, hf_deepspeed_config=engine)
     with pytest.raises(Refused, match=r"latest is missing"):
-        check_training_state(str(checkpoint), args)
+        check_training_state(checkpoint, args)
     deepspeed_checkpoint(checkpoint, 2)
-    check_training_state(str(checkpoint), args)
+    check_training_state(checkpoint, args)
     state = next((checkpoint / "global_step10").iterdir())
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(Refused, match=f"{state.name} is not whole"):
-        check_training_state(str(checkpoint), args)
+        check_training_state(checkpoint, args)
     state.unlink()
     with pytest.raises(Refused, match="states of 1 of 2 ranks"):
-        check_training_state(str(checkpoint), args)
+        check_training_state(checkpoint, args)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +89,14 @@ def test_deepspeeds_states_are_one_a_rank(checkpoint):
     ],
 )
 def test_steps_that_are_left(given, more, left, checkpoint):
-    assert steps_left(str(checkpoint), arguments(**more), 101, frozenset(given)) == left
+    assert steps_left(checkpoint, arguments(**more), 101, frozenset(given)) == left
 
 
 def test_a_finished_run_needs_no_optimizer(checkpoint):
     (checkpoint / "optimizer.pt").unlink()
-    assert steps_left(str(checkpoint), arguments(max_steps=10), 101, frozenset({"max_steps"})) == 0
+    assert steps_left(checkpoint, arguments(max_steps=10), 101, frozenset({"max_steps"})) == 0
     with pytest.raises(Refused, match=r"optimizer\.pt is missing"):
-        steps_left(str(checkpoint), arguments(), 101, frozenset())
+        steps_left(checkpoint, arguments(), 101, frozenset())
 
 
 def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path):

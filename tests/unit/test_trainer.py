@@ -5,11 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import reference
-from sft.arguments import parse_arguments
 from sft.data.batches import Collator
 from sft.data.examples import Options, load_examples
+from sft.model.directory import ModelDirectory
+from sft.training.plan import parse_arguments
 from sft.training.progress import Meter
-from sft.training.save import Companions
 from sft.training.trainer import GroupedByLength, Trainer, mean_loss
 
 RATE, LOWEST, WARMUP, STEPS = 1e-3, 1e-4, 4, 20
@@ -34,7 +34,7 @@ def make_trainer(model_dir, example_tokenizer_dir, example_rows, tmp_path):
             eval_dataset=examples,
             data_collator=Collator(pad_token_id=0),
             meter=Meter(),
-            companions=Companions.read(str(base), str(base)),
+            companions=ModelDirectory(base),
         )
 
     return make

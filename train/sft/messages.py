@@ -9,11 +9,15 @@ import os
 import re
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+REFUSAL_SECONDS = 10  # a refusal that rank 0 has not found after that is another rank's own
 OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # of train.sh
 NOTHING_SAVED = "Nothing new is saved yet: start the same command again"
+BEFORE_THE_FIRST_STEP = f" before the first step. {NOTHING_SAVED}"
 
 
 class Refused(Exception):
@@ -25,21 +29,69 @@ def choice(name: str, value: object, why: str) -> None:
     note(f"{name} = {value} ({why})")
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one of its job that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(message: str) -> None:
     """Print one line on stdout, from rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(message, flush=True)
 
 
-def end_by_ctrl_c(when: str, how: str = NOTHING_SAVED) -> None:
-    """Say, on rank 0, what Ctrl-C has stopped and how to go on; end by the signal itself, from any thread."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"\nstopped by Ctrl-C {when}. {how}\n")  # at once: another rank's words must not come between
+def end_by_ctrl_c(where: str = "") -> None:
+    """Say, on rank 0, that Ctrl-C has stopped the process and where; end by the signal itself, from any thread."""
+    if is_first_rank():
+        sys.stderr.write(f"\nstopped by Ctrl-C{where}\n")  # at once: another rank's words must not come between
         sys.stderr.flush()
     for worker in multiprocessing.active_children():  # one that loads data would miss us with a traceback
         worker.kill()
     ctypes.CDLL(None).signal(signal.SIGINT, 0)  # SIG_DFL
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def first_few(items: list[str]) -> str:
+    """The first few of a list, for a message."""
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+def run_script(
+    main: Callable[[], object],
+    stopped: str = "",
+    all_refuse: Callable[[], bool] = lambda: False,
+    leave: Callable[[int | str], NoReturn] = sys.exit,
+) -> NoReturn:
+    """Run a script's `main`, then end the process: with 0, with 2 and one message where it refuses, at Ctrl-C by the
+    signal.
+
+    Args:
+        stopped: what is said after "stopped by Ctrl-C".
+        all_refuse: of several ranks, waits for the others and returns whether all of them refuse.
+        leave: ends the process with an exit code.
+    """
+    code: int | str = 0
+    try:
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is tidied up
+        main()
+    except Refused as refusal:
+        code = 2
+        if is_first_rank():
+            report_refusal(refusal)
+        if not all_refuse() and not is_first_rank():
+            time.sleep(REFUSAL_SECONDS)  # for rank 0 to say the same: its end ends this rank
+            report_refusal(refusal)
+    except SystemExit as end:
+        code = end.code or 0
+    except KeyboardInterrupt:
+        end_by_ctrl_c(stopped)
+    leave(code)
+
+
+def report_refusal(refusal: Refused) -> None:
+    """Print it as one message on stderr."""
+    print(f"refused: {refusal}", file=sys.stderr, flush=True)
 
 
 def read_json(path: Path) -> dict:

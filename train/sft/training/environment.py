@@ -1,6 +1,6 @@
-"""Where the run happens: the device, the other processes, the DeepSpeed file."""
+"""Where the run happens: the device, the other processes, the DeepSpeed file; how a rank ends."""
 
-import contextlib
+import atexit
 import glob
 import json
 import os
@@ -10,9 +10,11 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import transformers
+from torch.distributed.distributed_c10d import _get_default_store
 
 from sft.messages import Refused, choice
 from sft.processes import free_port
@@ -20,16 +22,27 @@ from sft.processes import free_port
 TRAIN = Path(__file__).resolve().parents[2]
 
 
-def choose_device(args: transformers.TrainingArguments) -> None:
+def prepare(values: dict[str, Any]) -> None:
+    """Prepare what Hugging Face's arguments need when they are built: the DeepSpeed configuration instead of its name,
+    the rendezvous variables, `use_cpu` where there is no GPU, and on CPUs the process group."""
+    if values["deepspeed"] is not None:
+        values["deepspeed"] = read_deepspeed_file(values["deepspeed"])
+    set_rendezvous_variables(bool(values["deepspeed"]))
+    choose_device(values)
+    if values["use_cpu"]:
+        init_gloo(values["ddp_timeout"], values["ddp_backend"] or "gloo")
+
+
+def choose_device(values: dict[str, Any]) -> None:
     """Set `use_cpu` where there is no NVIDIA device; refuse a device that torch cannot use."""
-    if not args.use_cpu and torch.cuda.is_available():
+    if not values["use_cpu"] and torch.cuda.is_available():
         return
     os.environ["DS_ACCELERATOR"] = "cpu"
-    if args.deepspeed:  # compiles a library at its first use; pip's ninja lies beside the interpreter
+    if values["deepspeed"]:  # compiles a library at its first use; pip's ninja lies beside the interpreter
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         if shutil.which("g++") is None:
             raise Refused("--deepspeed on a CPU compiles a library: install g++, or leave --deepspeed out")
-    if args.use_cpu:
+    if values["use_cpu"]:
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     if glob.glob("/dev/nvidia[0-9]*") and not hidden:
@@ -43,7 +56,7 @@ def choose_device(args: transformers.TrainingArguments) -> None:
             f"there is an NVIDIA device that torch cannot use: driver {driver}, torch {torch.__version__} ({built}). "
             "Install a torch built for this driver's CUDA version or a newer driver, or pass --use_cpu"
         )
-    args.use_cpu = True
+    values["use_cpu"] = True
     choice("device", "cpu", "no NVIDIA device" + (" visible: CUDA_VISIBLE_DEVICES is empty" if hidden else ""))
 
 
@@ -76,7 +89,7 @@ def number_of_processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
-def join_the_others(args: transformers.TrainingArguments) -> None:
+def set_rendezvous_variables(deepspeed: bool) -> None:
     """Set the rendezvous variables where the launcher did not: under srun from Slurm's own, else, for DeepSpeed, a
     world of one. DeepSpeed otherwise looks for MPI.
     """
@@ -95,25 +108,65 @@ def join_the_others(args: transformers.TrainingArguments) -> None:
         if "MASTER_ADDR" not in os.environ:
             raise Refused("MASTER_ADDR is not set: under srun on several nodes export the first node's name")
         os.environ.setdefault("MASTER_PORT", "29500")
-    elif args.deepspeed:
+    elif deepspeed:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())
 
 
-def meet_on_cpus(args: transformers.TrainingArguments) -> None:
-    """Start the process group with --ddp_timeout. On CPUs transformers 5.23 starts it with gloo's own 30 minutes; goes
-    with the release that passes the timeout on (tests/unit/test_arguments.py says when)."""
-    if args.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        timeout = timedelta(seconds=args.ddp_timeout)
-        torch.distributed.init_process_group(args.ddp_backend or "gloo", timeout=timeout)
+def init_gloo(seconds: int, backend: str) -> None:
+    """Start the process group of ranks on CPUs with --ddp_timeout. transformers 5.23 starts it with gloo's own 30
+    minutes; goes with the release that passes the timeout on (tests/unit/test_arguments.py says when)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
 
 
-def let_all_come() -> None:
-    """Before a refusal ends the job, let every rank come to it.
+def use_built_arguments(training: transformers.TrainingArguments) -> None:
+    """Do what needs Hugging Face's arguments: start DeepSpeed's process group on CPUs, because a ZeRO-3 model that is
+    built before sees a world of one; use one GPU in one process."""
+    if training.deepspeed and training.use_cpu:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+    if training._n_gpu > 1:  # nn.DataParallel would split the batch's one-dimensional tensors
+        why = "plain python runs one process; torchrun or train.sh uses all"
+        choice("GPUs used", f"1 of {training._n_gpu}", why)
+        training._n_gpu = 1
+
+
+# ------------------------------------------------------------------------------------------------- the end
+
+
+def wait_for_ranks_before_refusing() -> bool:
+    """Wait until every rank has come to its refusal, 20 s at most; whether all have.
 
     One that is killed while it loads DeepSpeed's extension for CPUs leaves a lock behind, on which every later run
-    waits for ever. Goes when DeepSpeed has no such extension.
+    waits for ever. And where all refuse, one message is enough. False before the ranks have met.
     """
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        with contextlib.suppress(RuntimeError):
-            torch.distributed.monitored_barrier(timeout=timedelta(seconds=20))
+    if not torch.distributed.is_initialized():
+        return False
+    store, rank = _get_default_store(), torch.distributed.get_rank()
+    ranks = range(torch.distributed.get_world_size())
+    try:
+        store.set(f"rank {rank} refuses", "")
+        store.wait([f"rank {other} refuses" for other in ranks], timedelta(seconds=20))
+    except torch.distributed.DistStoreError:
+        return False
+    except torch.distributed.DistNetworkError:  # the store has ended with rank 0, which had seen all
+        pass
+    return True
+
+
+def exit_all_ranks(code: int) -> NoReturn:
+    """End the process; of several ranks past the interpreter's own shutdown, after what is registered with atexit.
+
+    There torch 2.13 sometimes aborts after a gloo job is done ("terminate called without an active exception"), which
+    would turn any exit code into a failure. Goes with the release that does not.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if code in (0, 3):  # all ranks come here, and the launcher ends the others with the first that fails
+            torch.distributed.barrier()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,175 @@
+"""What train.sh starts: the command of train.py that its variables, recipe and flags make."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from conftest import TRAIN
+from sft import parser, start
+from sft.messages import Refused
+
+EXAMPLE = ["--num_layers", "4", "--learning_rate", "4e-3", "--min_lr", "1e-4", "--warmup_steps", "50"]
+LORA = ["--learning_rate", "1e-4", "--min_lr", "1e-5"]
+RECIPE = [
+    "--bf16",
+    "--gradient_checkpointing",
+    "--learning_rate",
+    "1e-5",
+    "--min_lr",
+    "1e-6",
+    "--warmup_ratio",
+    "0.01",
+]
+VARIABLES = ("MODEL_PATH", "TOKENIZER_PATH", "TRAIN_DATA_FILE", "OUTPUT_DIR", "DS_CONFIG", "HOST_GPU_NUM")
+VARIABLES += ("NODE_IP_LIST", "IP_LIST", "CUDA_VISIBLE_DEVICES")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """`started(*flags, gpus=0, **variables)`: what would run: ({flag: value}, words, choices)."""
+
+    def get(*flags, gpus=0, **variables):
+        for name in (*VARIABLES, "GO_ON_WITH", "TQDM_MININTERVAL"):
+            monkeypatch.setenv(name, "")  # put back at the end
+        for name, value in ({"STALL_TIMEOUT": "1800"} | variables).items():
+            monkeypatch.setenv(name, str(value))
+        ran = []
+        monkeypatch.setattr(start, "number_of_gpus", lambda env: gpus)
+        monkeypatch.setattr(start, "run", lambda job, command, values: ran.append((job, command)) or 7)
+        words = ["/x/train.sh", *RECIPE, "--", *LORA, "--", *EXAMPLE, "--", *map(str, flags)]
+        with pytest.raises(SystemExit) as end:
+            start.main(words)
+        assert end.value.code == 7
+        job, command = ran[0]
+        assert command[0] == str(TRAIN / "train.py")
+        return parser.parse_flags(command[1:]), command[1:], job.choices
+
+    return get
+
+
+def test_a_model_gets_the_recipe(started):
+    values, words, choices = started(MODEL_PATH="/m/Hunyuan", TRAIN_DATA_FILE="r.jsonl")
+    assert values["learning_rate"] == 1e-5 and values["warmup_ratio"] == 0.01 and values["ddp_timeout"] == 1800
+    assert "bf16" not in values, "on a CPU"
+    assert values["deepspeed"] == "none" and values["output_dir"] == str(TRAIN / "output" / "Hunyuan")
+    assert values["model_name_or_path"] == "/m/Hunyuan" and values["train_data_file"] == ["r.jsonl"]
+    assert f"OUTPUT_DIR = {TRAIN}/output/Hunyuan (the name of MODEL_PATH)" in choices
+    assert len(set(words)) == len(words), "nothing is passed twice"
+
+
+def test_on_gpus(started):
+    values, _, choices = started(MODEL_PATH="/m/Hunyuan", TRAIN_DATA_FILE="r", gpus=2)
+    assert values["bf16"] is True and values["deepspeed"] == "ds_zero3_no_offload.json"
+    assert "HOST_GPU_NUM = 2 (the GPUs of this machine)" in choices and os.environ["HOST_GPU_NUM"] == "2"
+    values, _, _ = started("--fp16", MODEL_PATH="/m/Hunyuan", TRAIN_DATA_FILE="r", gpus=2)
+    assert "bf16" not in values and values["fp16"] is True
+    values, _, _ = started("--use_cpu", MODEL_PATH="/m/Hunyuan", TRAIN_DATA_FILE="r", gpus=2)
+    assert "bf16" not in values and values["deepspeed"] == "none"
+
+
+@pytest.mark.parametrize(
+    "spelling", [["--learning_rate", "3"], ["--learning-rate=3"], ["--learning_rate=2", "--learning-rate", "3"]]
+)
+def test_a_flag_wins_over_the_recipe_however_it_is_spelled(spelling, started):
+    values, words, _ = started(*spelling, MODEL_PATH="/m/x", TRAIN_DATA_FILE="r")
+    assert values["learning_rate"] == 3 and "1e-5" not in words and values["min_lr"] == 1e-6
+
+
+def test_a_flag_takes_out_what_it_excludes(started):
+    given = {"MODEL_PATH": "/m/x", "TRAIN_DATA_FILE": "r"}
+    values, _, _ = started("--warmup_steps", 0, **given)
+    assert "warmup_ratio" not in values and values["warmup_steps"] == 0
+    values, _, _ = started("--learning_rate", 1e-7, **given)
+    assert "min_lr" not in values, "the recipe's lowest rate is above it"
+    values, _, _ = started("--learning_rate", 1e-7, "--min_lr", 1e-8, **given)
+    assert values["min_lr"] == 1e-8
+
+
+def test_a_flag_counts_as_its_variable(started):
+    values, words, choices = started(
+        "--model-name-or-path=/m/a",
+        "--train_data_file",
+        "r",
+        "s",
+        "--deepspeed",
+        "d.json",
+        MODEL_PATH="/m/b",
+        DS_CONFIG="e",
+    )
+    assert values["model_name_or_path"] == "/m/a" and values["train_data_file"] == ["r", "s"]
+    assert values["output_dir"] == str(TRAIN / "output" / "a") and "d.json" in words and "e" not in words
+    assert not any("DS_CONFIG" in line for line in choices)
+
+
+def test_lora_has_rates_and_a_directory_of_its_own(started):
+    values, _, _ = started("--use_lora", MODEL_PATH="/m/x", TRAIN_DATA_FILE="r")
+    assert (values["learning_rate"], values["min_lr"]) == (1e-4, 1e-5)
+    assert values["output_dir"] == str(TRAIN / "output" / "x-lora")
+    values, _, _ = started("--use_lora", "false", MODEL_PATH="/m/x", TRAIN_DATA_FILE="r")
+    assert values["learning_rate"] == 1e-5 and values["output_dir"] == str(TRAIN / "output" / "x")
+
+
+def test_the_example(started):
+    values, _, choices = started()
+    assert (
+        values["num_layers"] == 4 and values["overwrite_output_dir"] is True and "gradient_checkpointing" not in values
+    )
+    assert values["tokenizer_name_or_path"] == str(TRAIN / "example" / "tokenizer")
+    assert "model = the embedded example (MODEL_PATH is not set)" in choices
+
+
+def test_a_run_that_goes_on_gets_no_recipe(started, tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoint-1")
+    words = started("--resume_from_checkpoint", tmp_path / "link", TRAIN_DATA_FILE="r", NET_IFNAME="eth 0")[1]
+    assert words[:6] == ["--train_data_file", "r", "--output_dir", str(tmp_path), "--ddp_timeout", "1800"]
+    assert words[6:] == ["--resume_from_checkpoint", str(tmp_path / "link")]
+    assert os.environ["GO_ON_WITH"] == "NET_IFNAME='eth 0' bash /x/train.sh"
+
+
+def test_a_configuration_file_in_front(started, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: /m/a\ntrain_data_file: [r, s]\nlearning_rate: 1e-3\n")
+    values, _, _ = started(file, "--max_steps", 3)
+    assert (values["learning_rate"], values["train_data_file"], values["max_steps"]) == (1e-3, ["r", "s"], 3)
+    assert values["output_dir"] == str(TRAIN / "output" / "a")
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "says"),
+    [
+        (["--lora_rank", 0], {}, "--lora_rank 0: must be at least 1"),
+        (["--use_loar"], {}, "did you mean --use_lora?"),
+        ([], {"HOST_GPU_NUM": 3, "gpus": 2}, "HOST_GPU_NUM=3: only 2 GPUs are visible"),
+        ([], {"HOST_GPU_NUM": "a[$(x)]"}, "HOST_GPU_NUM=a[$(x)]: must be a number from 1"),
+        ([], {"STALL_TIMEOUT": "0"}, "STALL_TIMEOUT=0: must be a number from 1"),
+        ([], {"MODEL_PATH": "m"}, "TRAIN_DATA_FILE is not set: the rows to train m on"),
+    ],
+)
+def test_refused_before_anything_is_started(flags, variables, says, started):
+    with pytest.raises(Refused, match=re.escape(says)):
+        started(*flags, **variables)
+
+
+def test_help_has_a_line_for_each_flag():
+    text = parser.help_text()
+    ours, theirs = text.split("Hugging Face's TrainingArguments:")
+    names = re.findall(r"^  --(\w+) ", text, re.M)
+    assert len(names) == len(set(names)) and {f.name for f in parser.settable()} | set(parser.NO_EFFECT) == set(names)
+    assert all(len(line) < 120 for line in ours.splitlines())
+    assert ours.index("Model:") < ours.index("Architecture") < ours.index("What is trained:") < ours.index("Data:")
+    assert "--packing {none,batch,bin}" in ours and "(default 64)" in ours
+    assert "--max_steps " in theirs and "--use_lora" not in theirs
+
+
+def test_the_recipe_stands_in_train_sh():
+    """And every flag of it exists."""
+    text = Path(TRAIN / "train.sh").read_text(encoding="utf-8")
+    arrays = dict(re.findall(r"^(\w*RECIPE)=\((.*?)\)$", text, re.M | re.S))
+    assert set(arrays) == {"RECIPE", "LORA_RECIPE", "EXAMPLE_RECIPE"}
+    words = [re.sub(r"#.*", "", value).split() for value in arrays.values()]
+    assert parser.parse_flags(words[0])["save_total_limit"] == 2
+    assert parser.parse_flags(words[1]) == {"learning_rate": 1e-4, "min_lr": 1e-5}
+    assert parser.parse_flags(words[2])["num_experts"] == 4
