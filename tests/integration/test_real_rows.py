@@ -28,9 +28,9 @@ def test_loss_falls_and_the_final_directory_gives_it_again(
     rows = shared / "data" / "car_train.jsonl"
     base = model_dir(kind, hy_tokenizer_dir, hidden_size=32, intermediate_size=64)
     args = ["--model_name_or_path", base, "--train_data_file", rows, "--output_dir", tmp_path / "out"]
-    args += ["--max_steps", 100, "--logging_steps", 1, "--learning_rate", 1e-2, "--min_lr", 1e-3, "--warmup_steps", 5]
+    args += ["--max_steps", 50, "--logging_steps", 1, "--learning_rate", 1e-2, "--min_lr", 1e-3, "--warmup_steps", 5]
     args += ["--per_device_train_batch_size", 8, "--max_seq_length", 512, "--packing", "batch"]
-    args += ["--save_steps", 100]
+    args += ["--save_steps", 50]
     run = run_train(args)
     assert run.returncode == 0, run.stderr[-3000:]
     said = losses(tmp_path / "out")
@@ -44,7 +44,7 @@ def test_loss_falls_and_the_final_directory_gives_it_again(
     script = tmp_path / "reload.py"
     script.write_text(LOSS_ON_FIXED_ROWS.format(tests=str(TESTS)))
     again = []
-    for directory in (tmp_path / "out", tmp_path / "out" / "checkpoint-100"):
+    for directory in (tmp_path / "out", tmp_path / "out" / "checkpoint-50"):
         reload = run_script(script, [directory, rows])
         assert reload.returncode == 0, reload.stderr[-2000:]
         again.append(float(reload.stdout.split("LOSS ")[1]))

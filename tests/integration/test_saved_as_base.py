@@ -153,16 +153,34 @@ for directory in sys.argv[2:]:
 """
 
 
+@pytest.fixture
+def published_base(make_model_dir, example_tokenizer_dir, tmp_path):
+    """`published_base(kind)`: (directory, its config) with rope_scaling and alpha, which transformers 4 reads and
+    rope_parameters not."""
+
+    def make(kind):
+        base = make_model_dir(kind, example_tokenizer_dir, tmp_path / "base")
+        config = json.loads((base / "config.json").read_text())
+        rope = {"rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"}, "rope_theta": 10000.0}
+        config = {key: value for key, value in config.items() if key != "rope_parameters"} | rope
+        (base / "config.json").write_text(json.dumps(config))
+        return base, config
+
+    return make
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_transformers_4_57_computes_the_same(
-    kind, make_model_dir, example_tokenizer_dir, train, transformers_4, tmp_path
-):
-    """A base as it is published: rope_scaling with alpha, which transformers 4 reads and rope_parameters not."""
-    base = make_model_dir(kind, example_tokenizer_dir, tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    rope = {"rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"}, "rope_theta": 10000.0}
-    config = {key: value for key, value in config.items() if key != "rope_parameters"} | rope
-    (base / "config.json").write_text(json.dumps(config))
+def test_the_config_is_the_bases(kind, published_base, train):
+    base, config = published_base(kind)
+    out, _ = train("none", "out", "--model_name_or_path", base)
+    for directory in (out, out / "checkpoint-2"):
+        assert json.loads((directory / "config.json").read_text()) == config
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_transformers_4_57_computes_the_same(kind, published_base, train, transformers_4, tmp_path):
+    base, config = published_base(kind)
     out, _ = train("none", "out", "--model_name_or_path", base)
     shutil.rmtree(base)  # what is saved stands alone
     assert json.loads((out / "config.json").read_text()) == config
