@@ -80,8 +80,9 @@ class ModelArguments:
     make_moe_param_leaf_module: bool = option(False, "Under ZeRO-3, gather an MoE layer's parameters at once.")
     router_aux_loss_coef: float = option(0.0, "Weight of the routers' load-balancing loss.")
 
-    hub_id = None  # what model_name_or_path was before its files were fetched
-    given = frozenset()  # the flags that this start was given
+    # Not flags.
+    hub_id: str | None = field(default=None, init=False)  # what model_name_or_path was before its files were fetched
+    given: frozenset[str] = field(default=frozenset(), init=False)  # the flags that this start was given
 
 
 @dataclass
@@ -124,7 +125,8 @@ class TrainingArguments(transformers.TrainingArguments):
     group_by_length: bool = option(False, "Batches of rows of similar length (--train_sampling_strategy).")
     logging_dir: str | None = option(None, "Where TensorBoard's files go. Default: output_dir/runs/<time>.")
 
-    plan = None  # the run's flags, which its checkpoints keep; see training/plan.py
+    # Not a flag: the run's, which its checkpoints keep; see training/plan.py.
+    plan: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __getstate__(self) -> dict:
         """For training_args.bin: without a token."""
@@ -153,7 +155,8 @@ def settable() -> list[Field]:
 
 def defaults() -> dict[str, Any]:
     """Every flag's default."""
-    return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in settable()}
+    empty = [f.name for f in settable() if f.default is MISSING]  # lists
+    return {f.name: f.default for f in settable()} | {name: [] for name in empty}
 
 
 # ------------------------------------------------------------------------------------------------ the checks
@@ -257,7 +260,13 @@ def set_lowest_rate(values: dict[str, Any]) -> None:
 
 def build(values: dict[str, Any]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The three dataclasses, of all flags' values; refuses what only they show together."""
-    model, data, training = (cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in GROUPS)
+
+    def of(cls: type) -> dict[str, Any]:
+        return {f.name: values[f.name] for f in fields(cls) if f.init}
+
+    model = ModelArguments(**of(ModelArguments))
+    data = DataArguments(**of(DataArguments))
+    training = TrainingArguments(**of(TrainingArguments))
     kwargs = training.activation_checkpointing_kwargs or {}
     if model.router_aux_loss_coef and training.activation_checkpointing and kwargs.get("use_reentrant"):
         raise Refused("--router_aux_loss_coef: gets no gradient with use_reentrant in --gradient_checkpointing_kwargs")

@@ -78,7 +78,7 @@ def run_script(
             time.sleep(REFUSAL_SECONDS)  # for rank 0 to say the same: its end ends this rank
             report_refusal(refusal)
     except SystemExit as end:
-        code = end.code or 0
+        code = int(end.code or 0)
     except KeyboardInterrupt:
         end_by_ctrl_c(stopped)
     leave(code)

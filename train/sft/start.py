@@ -9,6 +9,7 @@ directory behind.
 """
 
 import contextlib
+import io
 import math
 import os
 import shlex
@@ -43,8 +44,17 @@ FLAG_OF = {
     "STALL_TIMEOUT": "ddp_timeout",
 }
 # What a run that goes on is started with again.
-WHERE = ("HOST_GPU_NUM", "CUDA_VISIBLE_DEVICES", "NODE_IP_LIST", "IP_LIST", "LOCAL_IP", "SSH_PORT", "MASTER_PORT")
-WHERE += ("NET_IFNAME", "FORWARD")
+WHERE = [
+    "HOST_GPU_NUM",
+    "CUDA_VISIBLE_DEVICES",
+    "NODE_IP_LIST",
+    "IP_LIST",
+    "LOCAL_IP",
+    "SSH_PORT",
+    "MASTER_PORT",
+    "NET_IFNAME",
+    "FORWARD",
+]
 
 
 @dataclass
@@ -136,7 +146,8 @@ def choose_model(job: Job, script: str, recipe: list[str], lora: list[str], exam
 def left_of(recipe: list[str], given: dict[str, Any], gpus: int) -> list[str]:
     """The recipe without what is given, and without what a given flag excludes. Of a flag that is there twice, the
     last."""
-    values, words_of = parse_flags(recipe), {}
+    values = parse_flags(recipe)
+    words_of: dict[str, list[str]] = {}
     for word in recipe:
         if word.startswith("--"):
             flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
@@ -163,10 +174,12 @@ def logged(log: Path) -> Iterator[None]:
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     copier = 'trap "" INT TERM HUP; exec tee -a -- "$0"'
-    tee = subprocess.Popen(["sh", "-c", copier, str(log)], stdin=subprocess.PIPE)
+    read_end, write_end = os.pipe()
+    tee = subprocess.Popen(["sh", "-c", copier, str(log)], stdin=read_end)
     for number in (1, 2):
-        os.dup2(tee.stdin.fileno(), number)
-    tee.stdin.close()
+        os.dup2(write_end, number)
+    os.close(read_end)
+    os.close(write_end)
     try:
         yield
     finally:
@@ -237,7 +250,8 @@ def main(argv: list[str]) -> None:
         check_values(defaults() | values)
     os.environ["HOST_GPU_NUM"] = job.variables["HOST_GPU_NUM"]
     os.environ.setdefault("TQDM_MININTERVAL", "1")  # seconds; the bar goes to the log too
-    sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(run(job, command, values))
 
 

@@ -225,6 +225,6 @@ class GoOn(TrainerCallback, ExportableState):
         ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
         launcher = "python" if args.world_size == 1 else f"torchrun --nproc_per_node {ranks}"
         begin = os.environ.get("GO_ON_WITH") or f"{launcher} {shlex.quote(sys.argv[0])}"
-        flags = ["--resume_from_checkpoint", self.saved, "--train_data_file", *self.train_data_file]
+        flags = ["--resume_from_checkpoint", str(self.saved), "--train_data_file", *self.train_data_file]
         flags += ["--output_dir", args.output_dir]
         return f"Last checkpoint: {self.saved}. Continue with:\n{begin} {shlex.join(flags)}"
