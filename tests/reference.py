@@ -90,11 +90,11 @@ def trainer_order(
 
 
 def built_on_the_cpu(directory: Path) -> torch.nn.Module:
-    """The class of fixtures/hunyuan_remote as a 4.41 program gets it: built on the CPU, the file's tensors put in."""
+    """The class of assets/hunyuan_remote as a 4.41 program gets it: built on the CPU, the file's tensors put in."""
     from sft.model.remote_code_441 import bring_back_imports
 
     bring_back_imports()
-    sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
+    sys.path.insert(0, str(Path(__file__).parent / "assets"))
     try:
         code = importlib.import_module("hunyuan_remote.modeling_hunyuan")
     finally:

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from sft.messages import OUTPUT_ROOT, Parser, Refused, newest, read_json
-from sft.model.weight_files import INDEX, check_base
+from sft.messages import OUTPUT_ROOT, Parser, Refused, newest, read_json, run_script
+from sft.model.adapter_base import check_base
+from sft.model.directory import ModelDirectory
+from sft.model.weight_files import INDEX
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FILES = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -60,32 +62,34 @@ def choose(model_dir: str | None, adapter_dir: str | None) -> tuple[Path, Path |
 
 def load(model_dir: Path, adapter: Path | None, any_base: bool) -> tuple[Any, Any]:
     """(tokenizer, model) ready to generate: on the GPUs if there are any, in the dtype that config.json says."""
-    from transformers import AutoTokenizer  # takes seconds: only once the paths are right
+    from sft.model.pretrained import load_pretrained, load_tokenizer  # takes seconds: only once the paths are right
 
-    from sft.model.remote_code_441 import load_any
-
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
-        model_code = check_base(adapter, model_dir, any_base) if adapter else "auto"
     gpu = torch.cuda.is_available()
-    tokenizer_dir = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else model_dir
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=True)
-        with contextlib.redirect_stdout(sys.stderr):
-            model, info = load_any(model_dir, model_code, dtype="auto", device_map="auto" if gpu else None)
-        if info["missing_keys"]:  # transformers would leave them random
-            raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:4])}")
-        if adapter:
-            from peft import PeftModel
-
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", "Found missing adapter keys")
-                model = PeftModel.from_pretrained(model, adapter)
-    except Exception as error:  # whatever the libraries or the directory's own code raise: the directory is at fault
-        raise Refused(f"{adapter or model_dir}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    if not tokenizer.chat_template:
-        raise Refused(f"{tokenizer_dir}: the tokenizer has no chat template (chat_template.jinja)")
+    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
+        directory = ModelDirectory(model_dir, tokenizer=adapter if has_tokenizer else None)
+        directory.model_code = check_base(adapter, directory, any_base) if adapter else "auto"
+        tokenizer = load_tokenizer(directory.tokenizer_path)
+        try:
+            model = load_pretrained(directory, dtype="auto", device_map="auto" if gpu else None)
+            if adapter:
+                model = with_adapter(model, adapter)
+        except Refused:
+            raise
+        except Exception as error:  # whatever the libraries or the directory's own code raise
+            why = " ".join(str(error).split())[:300]
+            raise Refused(f"{adapter or model_dir}: cannot be loaded: {why}") from None
     note(f"device = {model.device} ({'GPU' if gpu else 'no GPU'})\ndtype = {str(model.dtype)[6:]} (config.json)")
     return tokenizer, model.eval()
+
+
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """The model with the adapter on it; raises where a part of the adapter does not apply."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return PeftModel.from_pretrained(model, adapter)
 
 
 def thinking_off(tokenizer: Any) -> tuple[dict[str, Any], str]:
@@ -171,8 +175,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Refused as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base, offline: adapter + base -> one model directory.
+"""Merge a LoRA adapter into its base, offline: adapter + base → one model directory.
 
     python merge_lora_weight.py                  # newest adapter under train/output, its own base, <adapter>-merged
     python merge_lora_weight.py --base_model_path BASE --adapter_model_path ADAPTER --output_path OUT --save_dtype bf16
@@ -6,156 +6,198 @@
 
 Works on the safetensors files shard by shard and never builds the model: it needs memory for about one shard. A weight
 is merged in fp32 and rounded once; names, shards, index and the other files of a model are the base's, config.json but
-for its dtype. It is written beside the output and renamed at the end. Refused (exit code 2, nothing at the output): an
-adapter that is empty, of another base or more than LoRA or DoRA on linear layers and routed experts; a base that is
-quantised, not whole or not safetensors; an output that is not empty; values that do not fit the dtype; a full disk.
+for its dtype. It is written to a temporary directory and renamed at the end. Refused (exit code 2, nothing at the
+output): what sft/merging.py refuses; another base than the adapter's; a base that is quantised, not whole or not
+safetensors; an output that is not empty.
 """
 
-import functools
-import json
-import math
+import argparse
+import os
+import re
 import shutil
+import signal
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from tqdm import tqdm
 
 from sft.merging import (
-    DTYPES,
-    byte_size,
-    choose_dtype,
-    logits,
-    merged,
+    SAVE_DTYPES,
+    Adapter,
+    check_keys,
+    check_logits,
+    free_space,
     plan_files,
     plan_updates,
-    read_base,
-    written_aside,
+    write_weights,
 )
-from sft.messages import OUTPUT_ROOT, Parser, Refused, choice, newest, read_json
-from sft.model.weight_files import (
-    INDEX,
-    STORED,
-    apply_umask,
-    check_base,
-    model_files,
-    open_tensors,
-    some,
-)
+from sft.messages import OUTPUT_ROOT, Parser, Refused, choice, first_few, newest, read_json, run_script
+from sft.model.adapter_base import check_base
+from sft.model.directory import ModelDirectory
+from sft.model.weight_files import DTYPES, INDEX
+
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def main(argv: list[str] | None = None) -> None:
     """The job, step by step."""
-    # 1. What is asked for
+    # 1. Which adapter, base and output.
+    args = parse_arguments(argv)
+    adapter_path = find_adapter(args.adapter_model_path)
+    base_path = find_base(args.base_model_path, adapter_path)
+    output = find_output(args.output_path, adapter_path, base_path)
+
+    # 2. The base: whole, and the one that the adapter was trained on.
+    base = open_base(base_path)
+    base.model_code = check_base(adapter_path, base, args.any_base)
+
+    # 3. What the adapter changes, and which files that makes.
+    adapter = Adapter(adapter_path)
+    updates = plan_updates(adapter, base)
+    plan = plan_files(base, args.save_dtype, args.max_shard_size)
+    free = free_space(output)
+    if free < plan.total_size:
+        needed = f"needs {plan.total_size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        raise Refused(f"--output_path {output}: {needed}; make room")
+
+    # 4. Write all of it, or nothing.
+    try:
+        with whole_or_absent(output) as temporary:
+            write_weights(temporary, plan, base, adapter, updates)
+            base.write(temporary, DTYPES[plan.dtype], masters=plan.dtype == "F32")
+            if args.verify:
+                check_keys(temporary, plan, base)
+            move_earlier_merge(output)
+    except (OSError, SafetensorError) as error:  # a full disk among them
+        raise Refused(f"--output_path {output}: could not be written, nothing is left there: {error}") from None
+    print(f"merged {len(updates)} of {len(base.tensors)} tensors into {output} ({plan.total_size / 1e9:.3f} GB)")
+
+    # 5. What it computes.
+    if args.verify == "logits":
+        check_logits(output, base, adapter_path)
+
+
+def parse_arguments(argv: list[str] | None) -> Namespace:
+    """The flags; refuses unknown ones and wrong values."""
     parser = Parser(description="Merge a LoRA adapter into its base model.", allow_abbrev=False)
     parser.add_argument("--base_model_path", help="model directory (default: the one that adapter_config.json names)")
     parser.add_argument("--adapter_model_path", help="adapter directory (default: the newest under train/output)")
     parser.add_argument("--output_path", help="directory to write (default: <adapter>-merged)")
-    parser.add_argument("--save_dtype", choices=DTYPES, help="dtype of the result (default: the base's)")
+    parser.add_argument("--save_dtype", choices=SAVE_DTYPES, help="dtype of the result (default: the base's)")
     parser.add_argument("--max_shard_size", type=byte_size, default="5GB", help="split larger files (default: 5GB)")
     parser.add_argument("--verify", choices=("keys", "logits"), help="check the result's tensors, or what it computes")
     parser.add_argument("--any_base", action="store_true", help="merge into another base than the adapter's own")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
-    # 2. Which adapter, base and output
-    given, held = args.adapter_model_path, "adapter_model.safetensors"
-    adapter = Path(given) if given else newest(OUTPUT_ROOT, (held,))
+
+def byte_size(text: str) -> int:
+    """Bytes in "5GB", "500MB" or a plain number, decimal as Hugging Face counts them."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 5GB or 500MB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+
+
+def find_adapter(given: str | None) -> Path:
+    """The adapter's directory: the one that is given, else the newest under train/output."""
+    adapter = Path(given) if given else newest(OUTPUT_ROOT, (ADAPTER_FILE,))
     if adapter is None:
         raise Refused(f"no adapter under {OUTPUT_ROOT}; train one with --use_lora, or give --adapter_model_path")
     adapter = adapter.resolve()
-    if not (adapter / held).is_file():
-        raise Refused(f"{adapter}: holds no {held}; give the directory of an adapter")
-    base_path = args.base_model_path or read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
-    if not base_path or not Path(base_path).is_dir():
-        raise Refused(f"base {base_path!r}: not a directory here; give --base_model_path")
-    base, output = Path(base_path).resolve(), Path(args.output_path or f"{adapter}-merged").resolve()
+    if not (adapter / ADAPTER_FILE).is_file():
+        raise Refused(f"{adapter}: holds no {ADAPTER_FILE}; give the directory of an adapter")
     choice("adapter_model_path", adapter, "given" if given else "newest under train/output")
-    choice("base_model_path", base, "given" if args.base_model_path else "named by adapter_config.json")
-    choice("output_path", output, "given" if args.output_path else "<adapter>-merged")
+    return adapter
+
+
+def find_base(given: str | None, adapter: Path) -> Path:
+    """The base's directory: the one that is given, else the one that the adapter names."""
+    path = given or read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
+    if not path or not Path(path).is_dir():
+        raise Refused(f"base {path!r}: not a directory here; give --base_model_path")
+    base = Path(path).resolve()
+    choice("base_model_path", base, "given" if given else "named by adapter_config.json")
+    return base
+
+
+def find_output(given: str | None, adapter: Path, base: Path) -> Path:
+    """The directory to write; refuses a given one that is not empty, or is the base or the adapter."""
+    output = Path(given or f"{adapter}-merged").resolve()
+    choice("output_path", output, "given" if given else "<adapter>-merged")
     if output in (base, adapter):
         itself = "base" if output == base else "adapter"
         raise Refused(f"--output_path {output}: is the {itself} itself; give another directory")
-    occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    if occupied and args.output_path:
+    if given and is_occupied(output):
         raise Refused(f"--output_path {output}: is there and not empty; remove it or give another directory")
+    return output
 
-    # 3. What the base holds, and what of it the adapter changes
-    config, index, tensors = read_base(base)
-    adapter_file, updates = plan_updates(adapter, tensors, config.get("tie_word_embeddings", False))
-    model_code = check_base(adapter, base, args.any_base)
 
-    # 4. In which dtype, in which files, and whether there is space for it
-    saved, keep = choose_dtype(args.save_dtype, config, tensors)
-    dtypes = {name: tensor.dtype if name in keep else saved for name, tensor in tensors.items()}
-    sizes = {
-        name: tensor.nbytes if name in keep else STORED[saved].itemsize * math.prod(tensor.shape)
-        for name, tensor in tensors.items()
-    }
-    parts, copied = plan_files(tensors, sizes, args.max_shard_size), model_files(base)
-    needed = sum(sizes.values())
-    free = shutil.disk_usage(next(parent for parent in output.parents if parent.exists())).free
-    if free < needed:
-        raise Refused(f"--output_path {output}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room")
+def is_occupied(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
-    # 5. Write: shard by shard, the index, config.json, all else
-    try:
-        # the experts of a layer share a factor
-        factor = functools.lru_cache(maxsize=4)(lambda key: adapter_file.get_tensor(key).float())
-        with written_aside(output) as temporary:
-            for file, names in tqdm(parts, desc="merging", unit="shard"):
-                source, shard = open_tensors(base / tensors[names[0]].file), {}
-                for name in names:
-                    tensor = source.get_tensor(name)
-                    dtype = STORED.get(dtypes[name], tensor.dtype)
-                    update = updates.get(name)
-                    shard[name] = merged(tensor, update, factor, dtype) if update else tensor.to(dtype)
-                    if (name in updates or saved == "F16") and not shard[name].isfinite().all():
-                        raise Refused(
-                            f"{name}: not finite in {shard[name].dtype}: the adapter is damaged, or the "
-                            "dtype's range too small (then give --save_dtype bf16 or fp32)"
-                        )
-                save_file(shard, temporary / file, source.metadata() or {"format": "pt"})
-            if index or len(parts) > 1:
-                places = {name: file for file, names in parts for name in names}
-                index["metadata"] = {**index.get("metadata", {}), "total_size": needed}
-                index["weight_map"] = {name: places[name] for name in index.get("weight_map", places)}
-                (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-            config |= {key: str(STORED[saved])[6:] for key in ("dtype", "torch_dtype") if key in config}
-            (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            for name, file in copied.items():
-                (temporary / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, temporary / name)
-            apply_umask(temporary)
-            if args.verify:
-                wanted = {(name, tensor.shape, dtypes[name]) for name, tensor in tensors.items()}
-                found = {(name, tensor.shape, tensor.dtype) for name, tensor in read_base(temporary)[2].items()}
-                if wanted != found:
-                    raise Refused(f"{output}: not the base's tensors: {some(sorted(map(str, wanted ^ found)))}")
-                choice("verify keys", f"{len(wanted)} tensors", "names and shapes are the base's, dtypes as asked for")
-            if occupied:  # the default place holds an earlier merge
-                earlier = output.with_name(f"{output.name}-previous-{time.strftime('%Y%m%d-%H%M%S')}")
-                output.rename(earlier)
-                choice("earlier merge", earlier, "moved aside")
-    except (OSError, SafetensorError) as error:  # a full disk among them
-        raise Refused(f"--output_path {output}: could not be written, nothing is left there: {error}") from None
-    print(f"merged {len(updates)} of {len(tensors)} tensors into {output} ({needed / 1e9:.3f} GB)")
 
-    # 6. What it computes
-    if args.verify == "logits":
-        expected, found = logits(base, model_code, adapter), logits(output, model_code)
-        choice(
-            "verify logits",
-            f"{(expected - found).abs().max():.3g}",
-            "largest difference from base + adapter with "
-            f"PEFT on 32 fixed tokens, fp32; largest logit {expected.abs().max():.3g}",
+def open_base(path: Path) -> ModelDirectory:
+    """The base; refuses one that is not whole."""
+    base = ModelDirectory(path)
+    base.check()
+    index, tensors = base.headers
+    unlisted = sorted(tensors.keys() - index["weight_map"].keys()) if index else []
+    if unlisted:
+        file = tensors[unlisted[0]].file
+        raise Refused(
+            f"{path / INDEX}: does not list what is in {file}: {first_few(unlisted)}; fetch or save both again"
         )
+    return base
+
+
+def move_earlier_merge(output: Path) -> None:
+    """Move an earlier merge at the default place to another name."""
+    if is_occupied(output):
+        earlier = output.with_name(f"{output.name}-previous-{time.strftime('%Y%m%d-%H%M%S')}")
+        output.rename(earlier)
+        choice("earlier merge", earlier, "moved aside")
+
+
+@contextmanager
+def whole_or_absent(output: Path) -> Iterator[Path]:
+    """A temporary directory beside `output`, which it becomes at the end; removed on any error or signal to stop, with
+    the parents that were made for it."""
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    made = [parent for parent in output.parents if not parent.exists()]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
+
+    def clean_up() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # the result is in it, or another program's files
+                parent.rmdir()
+
+    def stop(number: int, _frame: Any) -> NoReturn:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)  # a second signal must not cut the clean-up short
+        clean_up()
+        print(f"\nstopped by {signal.Signals(number).name}, nothing is left at {output}", file=sys.stderr, flush=True)
+        os._exit(128 + number)  # not SystemExit: torch swallows what is raised within a call of its own
+
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)  # whole from here on
+        temporary.rename(output)
+    finally:
+        clean_up()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Refused as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

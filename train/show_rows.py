@@ -1,10 +1,13 @@
-"""A row as it will be trained, or the lengths of a file's rows. The only place that prints a row.
+"""A row as it will be trained, or the lengths of a file's rows.
 
-python show_rows.py --model DIR --file rows.jsonl            # lengths, and what share of the tokens is supervised
-python show_rows.py --model DIR --file rows.jsonl --row 12   # line 12 as it will be trained, token by token
+    python show_rows.py --model DIR --file rows.jsonl            # lengths, and what share of the tokens is supervised
+    python show_rows.py --model DIR --file rows.jsonl --row 12   # line 12 as it will be trained, token by token
+
+Runs the code that a tokenizer's directory brings with it. Refused (exit code 2): a directory without a tokenizer or a
+chat template, and the files and rows that train.py refuses.
 """
 
-import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -15,40 +18,32 @@ from transformers.utils import logging
 from sft.data.chat_format import ChatFormat
 from sft.data.examples import Examples, Options, encode_rows, load_examples
 from sft.data.rows import data_files, read_lines
-from sft.messages import Refused
+from sft.messages import Parser, Refused, run_script
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 WIDTH = 50  # characters of the longest bar
 
 
 def main(argv: list[str]) -> None:
-    """Print what the arguments ask for. Exit code 2 with one message where that is refused."""
-    parser = argparse.ArgumentParser(description=__doc__.split(". The")[0])
+    """Print what the arguments ask for. Raises Refused."""
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="directory of the model or tokenizer")
     parser.add_argument("--file", required=True, nargs="+", help="jsonl files or globs, plain or .gz")
-    parser.add_argument(
-        "--row", type=int, help="number of a line, from 1 (of the first file): print it token by token"
-    )
-    parser.add_argument("--max_seq_length", type=int, default=4096)
+    parser.add_argument("--row", type=int, help="print this line (from 1) of the first file, token by token")
+    parser.add_argument("--max_seq_length", type=int, default=4096, help="tokens a sequence at most; default 4096")
     parser.add_argument("--train_on", choices=("all", "last"), default="all")
     parser.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate")
     parser.add_argument("--bad_rows", choices=("error", "skip"), default="error")
     args = parser.parse_args(argv)
-    try:
-        logging.set_verbosity_error()
-        tokenizer = load(args.model)
-        if args.max_seq_length < 2:
-            raise Refused(f"--max_seq_length {args.max_seq_length}: must be at least 2")
-        options = Options(args.max_seq_length, args.train_on, args.overlong)
-        if args.row is None:
-            show_file(load_examples(args.file, tokenizer, options, args.bad_rows, flag="--file"))
-        else:
-            show_row(args.file, args.row, tokenizer, options)
-    except BrokenPipeError:  # `| head` has read enough
-        sys.stdout = None
-    except Refused as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        sys.exit(2)
+    if args.max_seq_length < 2:
+        raise Refused(f"--max_seq_length {args.max_seq_length}: must be at least 2")
+    logging.set_verbosity_error()
+    tokenizer = load(args.model)
+    options = Options(args.max_seq_length, args.train_on, args.overlong)
+    if args.row is None:
+        show_file(load_examples(args.file, tokenizer, options, args.bad_rows, flag="--file"))
+    else:
+        show_row(args.file, args.row, tokenizer, options)
 
 
 def load(path: str) -> PreTrainedTokenizerBase:
@@ -71,27 +66,27 @@ def show_row(patterns: list[str], number: int, tokenizer: PreTrainedTokenizerBas
     if line == b"":
         raise Refused(f"--row {number}: {file} has no row in that line")
     table, found = encode_rows([(number, line)], ChatFormat(tokenizer), options)
-    for kind, lines in found.lines.items():
-        for _, what in lines:
-            if kind == "bad":
-                raise Refused(f"{file}:{number}: {what}")
-            print(f"{file}:{number}: {kind}" + (f": {what}" if what else ""))
+    for kind, [(_, what)] in found.lines.items():
+        if kind == "bad":
+            raise Refused(f"{file}:{number}: {what}")
+        print(f"{file}:{number}: {kind}" + (f": {what}" if what else ""))
     colour = sys.stdout.isatty()
-    for sequence, (ids, spans) in enumerate(zip(table["input_ids"].to_pylist(), table["spans"].to_pylist()), 1):
-        supervised = {i for a, b in zip(spans[::2], spans[1::2]) for i in range(a, b)}
+    sequences = zip(table["input_ids"].to_pylist(), table["spans"].to_pylist())
+    for sequence, (ids, spans) in enumerate(sequences, 1):
+        supervised = {i for start, end in zip(spans[::2], spans[1::2]) for i in range(start, end)}
         print(f"sequence {sequence} of {table.num_rows}: {len(ids)} tokens, {len(supervised)} supervised")
         for i, token in enumerate(ids):
             text = repr(tokenizer.decode([token], skip_special_tokens=False))[1:-1]
-            begin, end = (GREEN if i in supervised else DIM, PLAIN) if colour else ("", "")
-            print(f"{i:>7} {token:>7} {'*' if i in supervised else ' '} {begin}{text}{end}")
+            if colour:
+                text = (GREEN if i in supervised else DIM) + text + PLAIN
+            print(f"{i:>7} {token:>7} {'*' if i in supervised else ' '} {text}")
 
 
 def show_file(examples: Examples) -> None:
     """Number and lengths of all sequences, and the share of supervised tokens."""
     lengths = examples.lengths
-    supervised = sum(
-        int((s[1::2] - s[::2]).sum()) for s in examples.rows.with_format("numpy", columns=["spans"])["spans"]
-    )
+    all_spans = examples.rows.with_format("numpy", columns=["spans"])["spans"]
+    supervised = sum(int((spans[1::2] - spans[::2]).sum()) for spans in all_spans)
     figures = examples.figures()
     print(f"{figures['num_rows']} rows, {len(examples)} sequences, {lengths.sum()} tokens")
     print(f"supervised: {supervised} tokens, {supervised / lengths.sum():.1%}")
@@ -100,9 +95,17 @@ def show_file(examples: Examples) -> None:
     edges = [0] + [2**i for i in range(4, 31) if 2 ** (i - 1) < lengths.max()]
     numbers = np.histogram(lengths - 1, edges)[0]
     for low, high, number in zip(edges, edges[1:], numbers):
-        bar = "█" * -(-int(number) * WIDTH // int(numbers.max()))
+        bar = "█" * math.ceil(WIDTH * number / numbers.max())
         print(f"{low + 1:>9} – {high:<9} {number:>9} {bar}")
 
 
+def run() -> None:
+    """Run main; a reader that has read enough (`| head`) ends it."""
+    try:
+        main(sys.argv[1:])
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(run)

@@ -11,40 +11,27 @@ Exit codes: 0 done, 2 refused before training (one message says what and where),
 anything else: failed.
 """
 
-import json
-import os
 import signal
 import sys
-from pathlib import Path
 
 from sft.messages import BEFORE_THE_FIRST_STEP, end_by_ctrl_c, note, run_script
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # the imports take seconds
     signal.signal(signal.SIGINT, lambda *_: end_by_ctrl_c(BEFORE_THE_FIRST_STEP))
 
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from sft.data.batches import Bins, Collator
-from sft.data.examples import Options, load_data
-from sft.model.load import (
-    accepts_loss_kwargs,
-    check_directory,
-    check_packing,
-    check_same_tokenizer,
-    fetch,
-    load_model,
-    load_tokenizer,
-    number_of_parameters,
-    takes_supervised_head,
-)
-from sft.model.weight_files import check_base, record_base
+from sft.arguments import DataArguments, ModelArguments, TrainingArguments
+from sft.data.batches import Collator, Data, load_data
+from sft.model.load import accepts_loss_kwargs, check_packing, load_model, takes_supervised_head
 from sft.training.environment import exit_all_ranks, wait_for_ranks_before_refusing
+from sft.training.go_on import GoOn
+from sft.training.output_dir import begin_output_dir, check_output_dir
 from sft.training.plan import keep_rows, parse_arguments
 from sft.training.probe import Probe
-from sft.training.progress import Meter, ProgressLine, StopOnNonFinite
-from sft.training.resume import GoOn, find_checkpoint, finish_from, steps_left
-from sft.training.save import Companions, check_output_dir, lock_output_dir, set_aside
+from sft.training.progress import Meter, ProgressLine, StopOnNonFinite, write_results
+from sft.training.resume import Start, find_start, steps_left, write_final_files
 from sft.training.trainer import Trainer, mean_loss
 
 
@@ -52,55 +39,50 @@ def main(argv: list[str]) -> None:
     """The whole job. Raises Refused for wrong input, SystemExit at a non-finite loss."""
     # 1. Arguments. What can be refused is refused here and in 2, before a model is loaded.
     model_args, data_args, training_args = parse_arguments(argv)
-    fetch(model_args)
-    resume = find_checkpoint(model_args, training_args)
-    fetch(model_args)  # the base that a resumed adapter names
-    check_directory(model_args, data_args.packing)
-    adapter = Path(resume) if resume and model_args.use_lora else None
-    adapter_code = check_base(adapter, Path(model_args.model_name_or_path), model_args.any_base) if adapter else "auto"
-    if model_args.any_base and not adapter:
-        note("--any_base has no effect: no adapter is resumed")
-    model_args.model_code = adapter_code if model_args.model_code == "auto" else model_args.model_code
-    lock_output_dir(training_args)
+    start = find_start(model_args, data_args, training_args)
     earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
 
     # 2. Data: rows → token sequences.
-    tokenizer = load_tokenizer(model_args)
-    if resume and "tokenizer_name_or_path" in model_args.given:
-        check_same_tokenizer(tokenizer, model_args, resume)
-    options = Options(data_args.max_seq_length, data_args.train_on, data_args.overlong)
-    examples, evaluation = load_data(data_args, tokenizer, options)
-    figures = examples.figures() | {"num_examples": len(examples), "num_eval_examples": len(evaluation or ())}
-    keep_rows(training_args, examples, figures)
-    if data_args.packing == "bin":
-        examples = Bins(examples, data_args.max_seq_length, training_args.seed)
-        figures |= {"num_bins": len(examples), "bin_fill": examples.fill}
-        note(f"{figures['num_examples']} sequences in {len(examples)} bins, which are {examples.fill:.1%} full")
-    tokenizer_path = model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    companions = Companions.read(model_args.model_name_or_path, tokenizer_path)
-    if resume and not steps_left(resume, training_args, len(examples), model_args.given):
-        note(f"{resume} is the end of a finished run: no step is left, its final files are written")
-        lock_output_dir(training_args, begin=True)  # all ranks have looked at output_dir then
-        if training_args.should_save:
-            base = model_args.hub_id or os.path.realpath(model_args.model_name_or_path)
-            named = None if model_args.any_base else base
-            finish_from(Path(resume), training_args, companions, named, figures | dict.fromkeys(Meter.FIGURES))
+    data = load_data(data_args, start.tokenizer, training_args.seed)
+    keep_rows(training_args, data.examples, data.figures)
+    if start.checkpoint and not steps_left(start.checkpoint, training_args, len(data.train), model_args.given):
+        write_final_files(start.checkpoint, start.directory, training_args, model_args.any_base, data.figures)
         return
-    probe = Probe(training_args.probe_file, tokenizer) if training_args.probe_file else None
+    probe = Probe(training_args.probe_file, start.tokenizer) if training_args.probe_file else None
 
     # 3. Model. Seeded before: what is drawn at random is drawn here.
     set_seed(training_args.seed)
-    model = load_model(model_args, training_args, tokenizer, resume)
+    model = load_model(model_args, training_args, start.tokenizer, start.directory, start.checkpoint)
     check_packing(model, data_args.packing)
-    if model_args.use_lora:
-        companions.files["base.json"] = record_base(model, model_args, adapter_code)
-    lock_output_dir(training_args, begin=True)
+
+    # 4. Trainer.
+    trainer = make_trainer(model, model_args, data_args, training_args, start, data, probe)
+
+    # 5. Run.
+    begin_output_dir(training_args, earlier_run)
+    result = trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
+
+    # 6. Save: the final model at the top of output_dir, the curve and the figures beside it.
+    trainer.save_model()
+    trainer.save_state()
+    write_results(trainer, result.metrics["train_loss"], probe, data.figures)
+    note(f"done: {training_args.output_dir}")
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    start: Start,
+    data: Data,
+    probe: Probe | None,
+) -> Trainer:
+    """The Trainer with its collator and callbacks."""
     positions = getattr(model.config, "max_position_embeddings", data_args.max_seq_length)
     if data_args.max_seq_length > positions:
         note(f"--max_seq_length {data_args.max_seq_length} is more than the model's {positions} positions")
-
-    # 4. Trainer.
-    meter = Meter()
+    tokenizer = start.tokenizer
     collator = Collator(
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         packing=data_args.packing,
@@ -114,42 +96,20 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=examples,
-        eval_dataset=evaluation,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
         data_collator=collator,
         callbacks=callbacks,
         compute_loss_func=None if own_loss else mean_loss,
-        meter=meter,
-        companions=companions,
+        meter=Meter(),
+        companions=start.directory,
         router_aux_loss_coef=model_args.router_aux_loss_coef,
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     for ours in (ProgressLine(), GoOn(trainer, data_args.train_data_file)):
         trainer.add_callback(ours)
-
-    # 5. Run.
-    if earlier_run and training_args.should_save:
-        set_aside(Path(training_args.output_dir))
-    result = trainer.train(resume_from_checkpoint=resume)
-
-    # 6. Save: the final model at the top of output_dir, the curve and the figures beside it.
-    trainer.save_model()
-    trainer.save_state()
-    figures |= {
-        "train_loss": result.metrics["train_loss"],
-        "global_step": trainer.state.global_step,
-        "global_batch_size": trainer.get_total_train_batch_size(training_args),
-        "trainable_params": number_of_parameters(trainer.model, trained=True),
-        "total_params": number_of_parameters(trainer.model),
-        **meter.results(trainer),
-        **(probe.results() if probe else {}),
-    }
-    if trainer.is_world_process_zero():
-        Path(training_args.output_dir, "train_results.json").write_text(json.dumps(figures, indent=2) + "\n")
-        if probe:
-            probe.print_some()
-    note(f"done: {training_args.output_dir}")
+    return trainer
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def worker(way: str, base: str, folder: str) -> None:
     """One rank: load, and write the peaks."""
     from transformers import AutoModelForCausalLM
 
-    from sft.model.load import load_model
+    from sft.model.load import load_model, open_directory
     from sft.training.plan import parse_arguments
 
     flags = ["--model_name_or_path", base, "--train_data_file", "x", "--output_dir", folder, "--bf16"]
@@ -48,7 +48,7 @@ def worker(way: str, base: str, folder: str) -> None:
 
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     else:
-        model = load_model(args, training, tokenizer=None)
+        model = load_model(args, training, None, open_directory(args))
     over.set()
     thread.join()
     kept = status()[0] - before[0]
@@ -68,7 +68,7 @@ def main() -> None:
         return
     from bench_merge import make_base
 
-    from conftest import free_port
+    from runs import free_port
 
     found: dict[tuple[str, int], list[dict[str, int]]] = {}
     with tempfile.TemporaryDirectory() as folder:

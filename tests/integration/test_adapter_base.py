@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sft.model.weight_files import check_base, fingerprint
+from sft.model.adapter_base import check_base, fingerprint
+from sft.model.directory import ModelDirectory
 
 CASES = [  # (kind of base, --model_code, code that is recorded, in every push)
     ("dense", "auto", "native", True),
@@ -67,7 +68,7 @@ def test_it_is_written_beside_every_adapter(made):
         record = read(directory)
         assert record["path"] == str(made.base) == read(directory, "adapter_config.json")["base_model_name_or_path"]
         assert record["code"] == made.code and record["class"].endswith("ForCausalLM")
-        assert record["tensors"] == fingerprint(made.base, made.code)
+        assert record["tensors"] == fingerprint(ModelDirectory(made.base), made.code)
         assert "\n" not in (directory / "base.json").read_text()
 
 
@@ -125,7 +126,7 @@ def test_resuming_on_any_base(made, run_train, tmp_path):
     run = run_train([*args, "--model_name_or_path", made.other, "--output_dir", tmp_path / "out"])
     assert run.returncode == 0 and run.stdout.count("is not the base that it was trained on") == 1, run.stderr[-3000:]
     assert read(tmp_path / "out")["path"] == str(made.other)
-    assert check_base(tmp_path / "out", made.other, any_base=False) == "native"
+    assert check_base(tmp_path / "out", ModelDirectory(made.other), any_base=False) == "native"
 
 
 @dense

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from conftest import TRAIN, run_command
+from conftest import run_script
 from mutations import mutated
 from sft.data.rows import NEEDED
 
@@ -145,8 +145,8 @@ def test_10000_mutated_rows_are_trained_on_or_counted(example_rows, train, tmp_p
 def test_show_rows_prints_a_row_as_it_is_trained(example_tokenizer_dir, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\n" + GOOD + b"\n{}\n")
-    command = ["python", str(TRAIN / "show_rows.py"), "--model", str(example_tokenizer_dir), "--file", str(file)]
-    run = run_command([*command, "--row", "2"])
+    args = ["--model", example_tokenizer_dir, "--file", file]
+    run = run_script("show_rows.py", [*args, "--row", "2"], cold=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert lines[0] == f"sequence 1 of 1: {len(SECRET) + 4} tokens, {len(SECRET) + 1} supervised"
@@ -154,8 +154,8 @@ def test_show_rows_prints_a_row_as_it_is_trained(example_tokenizer_dir, tmp_path
     assert "".join(marked) == SECRET + "<|eos|>"
     assert SECRET not in run.stderr
     for number, says in (("1", "has no row in that line"), ("3", f'{file}:3: no "messages"')):
-        run = run_command([*command, "--row", number])
+        run = run_script("show_rows.py", [*args, "--row", number])
         assert run.returncode == 2 and says in run.stderr and "Traceback" not in run.stderr
-    run = run_command([*command, "--bad_rows", "skip"])
+    run = run_script("show_rows.py", [*args, "--bad_rows", "skip"])
     assert run.returncode == 0 and f"supervised: {len(SECRET) + 1} tokens" in run.stdout
     assert "2 rows, 1 sequences" in run.stdout and SECRET not in run.stdout

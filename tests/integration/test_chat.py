@@ -15,13 +15,15 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import chat
+from conftest import run_script
 from sft.messages import Refused
 
-TRAIN = Path(__file__).resolve().parents[2] / "train"
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}{{ '<s>' + message.content + '<a>' }}"
     "{% else %}{{ message.content + '</s>' }}{% endif %}{% endfor %}"
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_tokenizer(path: Path, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
@@ -75,15 +77,6 @@ def expected(text: str, path: Path, adapter: Path | None = None, tokens: int = 8
     return tokenizer.decode(said[0], skip_special_tokens=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices are slower on several threads, most of all beside other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A model directory; do not write into it."""
@@ -108,17 +101,15 @@ def say(capsys):
     return run
 
 
-def run_chat(*args, stdin: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, TRAIN / "chat.py", *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, encoding="utf-8", env=env)
+def run_chat(*args, stdin: str = "", cold: bool = False) -> subprocess.CompletedProcess:
+    return run_script("chat.py", args, env={"OMP_NUM_THREADS": "1"}, stdin=stdin, cold=cold)
 
 
 # --- one reply -----------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_gives_the_reply_and_nothing_else_on_stdout(base):
-    run = run_chat(base, "--prompt", "你好", "--max_new_tokens", "8")
+    run = run_chat(base, "--prompt", "你好", "--max_new_tokens", "8", cold=True)
     assert run.returncode == 0, run.stderr
     reply = expected("<s>你好<a>", base)
     assert len(reply) >= 1

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from conftest import TRAIN, run_command
@@ -81,8 +82,8 @@ def test_a_signal_to_train_sh_reaches_the_training(number, train_dir, tmp_path):
         process.send_signal(number)
         code = process.wait(timeout=60)
     assert code == 128 + number, said.read_text()[-1000:]
-    left = subprocess.run(["pgrep", "-f", f"train.py.*{tmp_path}/out"], capture_output=True, text=True).stdout
-    assert left == ""
+    left = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+    assert not [line for line in left if f"{tmp_path}/out" in (line or [])]
 
 
 def test_two_processes_and_the_exit_code_of_the_training(train_dir, example_tokenizer_dir, model_dir, tmp_path):

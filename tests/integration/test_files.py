@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from sft.model.weight_files import code_files, model_files
+from sft.model.directory import ModelDirectory, code_files, files_of_a_model
 
 LEFT = (".env", "backup.tar.gz", "checkpoint.md", "notes.py", "run.log", "sub/tokenizer.json", "tokenizer_backup.zip")
 NAMED = ".env, backup.tar.gz, checkpoint.md, notes.py, run.log, sub, tokenizer_backup.zip"
@@ -94,12 +94,10 @@ def test_trained_and_merged(mask, lora, base, example_rows, run_train, run_here,
 def test_another_directorys_tokenizer_wins_and_each_directory_is_named(
     base, example_tokenizer_dir, example_rows, run_here, tmp_path
 ):
-    from sft.training.save import Companions
-
     other = shutil.copytree(example_tokenizer_dir, tmp_path / "tokenizer")
     (other / "tokenizer_config.json").write_text('{"other": 1}')
     (other / "notes.txt").write_text("x")
-    files = Companions.read(str(base), str(other)).files
+    files = ModelDirectory(base, other).contents
     assert files["tokenizer_config.json"] == b'{"other": 1}' and "notes.txt" not in files
     assert set(COPIED + CODE + TOKENIZER) == set(files)
 
@@ -114,7 +112,7 @@ def test_code_is_followed_and_what_is_missing_is_no_error(tmp_path, capsys):
     (tmp_path / "t.py").write_bytes("# 中文\nfrom .unseen import x".encode("gbk"))  # Python itself refuses it
     (tmp_path / "z.py").touch()
     assert sorted(code_files(tmp_path, {"AutoConfig": "a.C"})) == ["a.py", "b.py", "gone.py"]
-    assert sorted(model_files(tmp_path)) == ["a.py", "b.py", "t.py", "tokenizer_config.json"]
+    assert sorted(files_of_a_model(tmp_path)) == ["a.py", "b.py", "t.py", "tokenizer_config.json"]
     assert capsys.readouterr().out == f"not copied from {tmp_path}: z.py (not files of a model)\n"
 
 
@@ -122,7 +120,7 @@ def test_at_most_twenty_are_named(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     for i in range(23):
         (tmp_path / f"{i:02}.log").touch()
-    assert model_files(tmp_path) == {}
+    assert files_of_a_model(tmp_path) == {}
     assert capsys.readouterr().out.endswith(", 18.log, 19.log, … (not files of a model)\n")
 
 
@@ -135,7 +133,7 @@ def test_at_most_twenty_are_named(tmp_path, capsys):
 )  # fmt: skip
 def test_a_models_file_is_kept(name, tmp_path, capsys):
     (tmp_path / name).write_text("{}")
-    assert model_files(tmp_path) == {name: tmp_path / name} and not capsys.readouterr().out
+    assert files_of_a_model(tmp_path) == {name: tmp_path / name} and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -145,5 +143,5 @@ def test_a_models_file_is_kept(name, tmp_path, capsys):
 )  # fmt: skip
 def test_another_file_is_named(name, tmp_path, capsys):
     (tmp_path / name).write_text("{}")
-    kept = model_files(tmp_path)
+    kept = files_of_a_model(tmp_path)
     assert not kept and f": {name} (not files" in capsys.readouterr().out

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
 from sft.messages import Refused
-from sft.model import remote_code_441
+from sft.model.directory import ModelDirectory
 from sft.model.lora import add_adapter, kind_of
+from sft.model.pretrained import load_pretrained
 
 KINDS = ("dense", "moe", "hy_v3", "hy_v4", "remote_cla")
 # adapted modules by part of the model: of two layers, hy_v3's and hy_v4's first without experts, hy_v4 with other
@@ -33,7 +34,7 @@ CASES = [(target, kind, counts) for target, kinds in EXPECTED.items() for kind, 
 def load(directory):
     config = json.loads((directory / "config.json").read_text())
     if config["model_type"] == "hunyuan":
-        return remote_code_441.from_pretrained(str(directory), config, "remote", dtype=torch.float32)[0]
+        return load_pretrained(ModelDirectory(directory, model_code="remote"), dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(directory)
 
 

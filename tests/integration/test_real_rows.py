@@ -2,11 +2,10 @@
 that is code of its own; the final directory gives the same loss in another process."""
 
 import math
-import sys
 
 import pytest
 
-from conftest import run_command
+from conftest import TESTS, run_script
 
 LOSS_ON_FIXED_ROWS = """
 import sys
@@ -42,10 +41,11 @@ def test_loss_falls_and_the_final_directory_gives_it_again(
     print(f"{kind}: loss {said[0]:.3f} (ln vocabulary {vocabulary:.3f}) → {last:.3f}")
     assert last < vocabulary / 3
 
-    script = LOSS_ON_FIXED_ROWS.format(tests=str(__file__).rsplit("/", 2)[0])
+    script = tmp_path / "reload.py"
+    script.write_text(LOSS_ON_FIXED_ROWS.format(tests=str(TESTS)))
     again = []
     for directory in (tmp_path / "out", tmp_path / "out" / "checkpoint-100"):
-        reload = run_command([sys.executable, "-c", script, str(directory), str(rows)])
+        reload = run_script(script, [directory, rows])
         assert reload.returncode == 0, reload.stderr[-2000:]
         again.append(float(reload.stdout.split("LOSS ")[1]))
     assert abs(again[0] - again[1]) <= 1e-5

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import TRAIN, free_port, run_command
 from sft.messages import Refused
-from sft.training import save
+from sft.training import output_dir
 
 
 def good(model, rows, out):
@@ -50,7 +50,7 @@ def test_refused_before_a_model_is_loaded(
     began = time.monotonic()
     args = spoil(args, tmp_path)
     # one of them as a user runs it
-    run = run_train(args) if "none.jsonl" in str(args) else run_here("train.py", args)
+    run = run_train(args, cold=True) if "none.jsonl" in str(args) else run_here("train.py", args)
     took = time.monotonic() - began
     assert run.returncode == 2, run.stderr
     message = run.stderr[run.stderr.index("refused:") :]
@@ -154,20 +154,20 @@ def test_a_second_job_in_the_same_directory_is_refused(
 def test_without_locks_one_line_and_no_refusal(tmp_path, monkeypatch, capsys):
     """And a directory that cannot be written is refused where it would be made."""
     args = types.SimpleNamespace(output_dir=str(tmp_path / "a" / "b"), should_save=True, world_size=1)
-    save.lock_output_dir(args)
+    output_dir.lock_output_dir(args)
     assert not (tmp_path / "a").exists(), "nothing is made before the run begins"
 
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(save.fcntl, "flock", no_locks)
+    monkeypatch.setattr(output_dir.fcntl, "flock", no_locks)
     for _ in range(2):
-        save.lock_output_dir(args, begin=True)
+        output_dir.lock_output_dir(args, begin=True)
     assert capsys.readouterr().out.count("has no locks") == 1 and (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     args.output_dir = str(tmp_path / "file" / "out")
     with pytest.raises(Refused, match="cannot be written"):
-        save.lock_output_dir(args, begin=True)
+        output_dir.lock_output_dir(args, begin=True)
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,16 @@ from transformers import AutoTokenizer
 
 import reference
 from conftest import make_model_dir
-from sft.model import remote_code_441
+from sft.model.directory import ModelDirectory
+from sft.model.generations import why_not_native
+from sft.model.pretrained import load_pretrained
 
 KINDS = ("remote", "remote_cla")
 STEPS, RATE = 4, 1e-3
 
 
 def load(directory, model_code="auto", dtype=torch.float32):
-    config = json.loads((directory / "config.json").read_text())
-    return remote_code_441.from_pretrained(str(directory), config, model_code, dtype=dtype)[0]
+    return load_pretrained(ModelDirectory(directory, model_code=model_code), dtype=dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +65,7 @@ def test_transformers_class_computes_the_same_where_nothing_is_dropped(model_dir
 )
 def test_which_models_transformers_classes_compute(change, why, model_dir, example_tokenizer_dir):
     config = json.loads((model_dir("remote", example_tokenizer_dir) / "config.json").read_text()) | change
-    found = remote_code_441.not_native(config)
+    found = why_not_native(config)
     assert found is None if why is None else why in found
 
 

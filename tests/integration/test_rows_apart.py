@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
@@ -20,6 +21,8 @@ SCALE = {"initializer_range": 0.2}  # so that every token matters
 @pytest.mark.parametrize("packing", ["batch", "bin"])
 def test_another_row_changes_nobody_elses_loss(kind, kept, packing, model_dir, example_tokenizer_dir):
     """`kept`: tokens that Hy4's indexer keeps for each."""
+    if not hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
+        pytest.skip(f"transformers {transformers.__version__} takes no mask for logits_to_keep")
     more = SCALE | ({"index_topk": kept} if kind == "hy_v4" else {})
     model = AutoModelForCausalLM.from_pretrained(model_dir(kind, example_tokenizer_dir, **more)).train()
     draw = np.random.default_rng(0)

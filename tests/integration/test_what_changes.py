@@ -2,13 +2,12 @@
 process."""
 
 import json
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import run_command
+from conftest import run_script
 
 
 def flags(model, rows, out, *more):
@@ -101,8 +100,10 @@ def test_what_zero_saves_loads_alone_tokenizer_included(
     )
     assert run.returncode == 0, run.stderr[-3000:]
     said = []
+    script = tmp_path / "reload.py"
+    script.write_text(RELOAD)
     for directory in (tmp_path / "o", tmp_path / "o" / "checkpoint-2"):
-        reload = run_command([sys.executable, "-c", RELOAD, str(directory)])
+        reload = run_script(script, [directory])
         assert reload.returncode == 0, reload.stderr[-2000:]
         assert "newly initialized" not in reload.stderr + reload.stdout
         said.append(float(reload.stdout.split("LOSS ")[1]))

@@ -120,7 +120,7 @@ def test_transformers_still_starts_gloo_without_the_timeout():
 
 
 def test_transformers_and_deepspeed_still_save_on_global_rank_0_alone():
-    """When this fails, checkpoint.write_on_this_rank or checkpoint.name_states can go."""
+    """When this fails, save.write_on_this_rank or save.write_deepspeed_latest can go."""
     deepspeed = pytest.importorskip("deepspeed")
     saves = inspect.getsource(transformers.PreTrainedModel.should_save_on_this_rank)
     assert "_get_torch_distributed_rank() == 0" in saves

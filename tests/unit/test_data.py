@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from sft.data.batches import Bins, Collator, Filled, plan_bins
-from sft.data.chat_format import ChatFormat
 from sft.data.examples import IGNORE_INDEX, Options, load_examples
 from sft.data.rows import ALPACA, NEEDED, SHAREGPT
+from sft.data.tokens import TextEncoder
 from sft.messages import Refused
 from sft.training.trainer import GroupedByLength
 
@@ -63,18 +63,18 @@ def test_bad_rows_of_several_files_are_one_list(tokenizer, rows_file, capsys):
     assert f"{files[0]}:2: not JSON" in capsys.readouterr().out
 
 
-def test_a_row_that_the_tokenizer_does_not_take_is_bad(tokenizer, rows_file, monkeypatch):
-    tokenize = ChatFormat.tokenize
+def test_a_row_at_which_the_tokenizer_raises_is_bad(tokenizer, rows_file, monkeypatch):
+    encode = TextEncoder.encode
 
     def refusing(self, texts):
         if any("Z" in text for text in texts):
             raise ValueError("secret")
-        return tokenize(self, texts)
+        return encode(self, texts)
 
-    monkeypatch.setattr(ChatFormat, "tokenize", refusing)
+    monkeypatch.setattr(TextEncoder, "encode", refusing)
     file = rows_file([conversation("q", text) for text in "abZcdZe"])
     with pytest.raises(
-        Refused, match=f"2 of 7 rows are bad:\n{file}:3: the tokenizer does not take it\n{file}:6"
+        Refused, match=f"2 of 7 rows are bad:\n{file}:3: the tokenizer raised an error\n{file}:6"
     ) as bad:
         load_examples([file], tokenizer, Options())
     assert "secret" not in str(bad.value)

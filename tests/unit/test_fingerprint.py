@@ -2,17 +2,17 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import TRAIN, fuse_experts, make_model_dir
+from conftest import make_model_dir
 from sft.messages import Refused
-from sft.model.remote_code_441 import load_any
-from sft.model.weight_files import check_base, fingerprint, same_tensor
+from sft.model.adapter_base import check_base, fingerprint, is_same_tensor
+from sft.model.directory import ModelDirectory
+from sft.model.pretrained import load_pretrained
+from tiny import fuse_experts
 
 CASES = [("dense", "native"), ("moe", "native"), ("hy_v3", "native"), ("remote", "native"), ("remote", "remote")]
 CASES += [pytest.param("hy_v4", "native", marks=pytest.mark.campaign)]
@@ -83,7 +83,12 @@ def base_of(tmp_path_factory, example_tokenizer_dir):
 
 def record(folder, base, code):
     """An adapter's directory of which only base.json is there."""
-    content = {"path": "/trained/here", "class": "AnyClass", "code": code, "tensors": fingerprint(base, code)}
+    content = {
+        "path": "/trained/here",
+        "class": "AnyClass",
+        "code": code,
+        "tensors": fingerprint(ModelDirectory(base), code),
+    }
     folder.mkdir(exist_ok=True)
     (folder / "base.json").write_text(json.dumps(content))
     return folder
@@ -93,13 +98,13 @@ def record(folder, base, code):
 def test_it_is_what_the_loaded_class_holds(kind, code, base_of):
     """The files' way and the model's give the same names, shapes and values."""
     base = base_of(kind)
-    model = load_any(base, code, dtype=torch.float32)[0]
+    model = load_pretrained(ModelDirectory(base, model_code=code), dtype=torch.float32)
     expected = {
         name: ["F32", list(t.shape), t.flatten()[:32].bfloat16().tolist()]
         for name, t in model.state_dict().items()
         if name != "lm_head.weight" and not any(f".experts.{number}." in name for number in (1, 2, 3))
     }
-    assert fingerprint(base, code) == expected and len(expected) > 20
+    assert fingerprint(ModelDirectory(base), code) == expected and len(expected) > 20
 
 
 @pytest.mark.parametrize(
@@ -115,9 +120,9 @@ def test_the_same_base(kind, code, change, base_of, tmp_path, capsys):
     adapter = record(tmp_path / "adapter", base_of(kind), code)
     other = shutil.copytree(base_of(kind), tmp_path / "other")
     SAME[change](other)
-    assert check_base(adapter, other, any_base=False) == code
+    assert check_base(adapter, ModelDirectory(other), any_base=False) == code
     assert capsys.readouterr().out == ""
-    assert check_base(record(tmp_path / "back", other, code), base_of(kind), any_base=False) == code
+    assert check_base(record(tmp_path / "back", other, code), ModelDirectory(base_of(kind)), any_base=False) == code
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -127,7 +132,7 @@ def test_one_tensor_changed_is_another_base(kind, code, dtype, base_of, tmp_path
     other = shutil.copytree(base_of(kind), tmp_path / "other")
     cast(dtype)(other)
     adapter, given = record(tmp_path / "adapter", other, code), load_file(other / "model.safetensors")
-    names = fingerprint(other, code)
+    names = fingerprint(ModelDirectory(other), code)
     for number, name in enumerate(given):
         if ".experts." in name and (".experts.0." not in name or "up_proj" in name):
             continue  # the first expert's gate stands for the layer
@@ -138,7 +143,7 @@ def test_one_tensor_changed_is_another_base(kind, code, dtype, base_of, tmp_path
         changed.view(-1)[place] = value + 0.5 if dtype == torch.float16 else step
         save_file(given | {name: changed}, other / "model.safetensors", {"format": "pt"})
         with pytest.raises(Refused, match="is not the base that it was trained on") as refusal:
-            check_base(adapter, other, any_base=False)
+            check_base(adapter, ModelDirectory(other), any_base=False)
         assert f"/trained/here): 1 of {len(names)} tensors differ (" in str(refusal.value), name
         assert "--any_base" in str(refusal.value) and str(other) in str(refusal.value)
 
@@ -157,10 +162,10 @@ def test_another_seed_shape_or_class(base_of, example_tokenizer_dir, tmp_path, c
         (tmp_path / "class", "it is no AnyClass ("),
     ):
         with pytest.raises(Refused, match="is not the base that it was trained on") as refusal:
-            check_base(adapter, other, any_base=False)
+            check_base(adapter, ModelDirectory(other), any_base=False)
         assert why in str(refusal.value)
         capsys.readouterr()
-        assert check_base(adapter, other, any_base=True) == "native"
+        assert check_base(adapter, ModelDirectory(other), any_base=True) == "native"
         said = capsys.readouterr().out.splitlines()
         assert len(said) == 1 and said[0].startswith("--any_base: ") and why in said[0]
 
@@ -177,27 +182,27 @@ def test_rounding_by_way_of_fp16_is_no_difference_and_more_is():
 
     half = values.half()
     assert half.bfloat16().ne(values.bfloat16()).any()
-    assert same_tensor(entry("F32", values), entry("F16", half)) and same_tensor(
+    assert is_same_tensor(entry("F32", values), entry("F16", half)) and is_same_tensor(
         entry("F16", half), entry("BF16", half)
     )
-    assert not same_tensor(entry("F32", values), entry("F32", half))
+    assert not is_same_tensor(entry("F32", values), entry("F32", half))
     normal = values[(values.abs() > 1e-3) & (values.abs() < 1e4)].bfloat16()
     steps = (normal.view(torch.int16) + 3).view(torch.bfloat16)
     for number in range(100):
         one, other = normal[number : number + 1], steps[number : number + 1]
-        assert not same_tensor(entry("F16", one), entry("F16", other))
-        assert not same_tensor(entry("F32", one), entry("BF16", (one.view(torch.int16) + 1).view(torch.bfloat16)))
+        assert not is_same_tensor(entry("F16", one), entry("F16", other))
+        assert not is_same_tensor(entry("F32", one), entry("BF16", (one.view(torch.int16) + 1).view(torch.bfloat16)))
 
 
 def test_a_base_in_other_files_cannot_be_compared(base_of, tmp_path, capsys):
     old = shutil.copytree(base_of("dense"), tmp_path / "old")
     (old / "model.safetensors").rename(old / "pytorch_model.bin")
-    assert fingerprint(old, "native") is None
+    assert fingerprint(ModelDirectory(old), "native") is None
     for adapter, base in (
         (record(tmp_path / "one", base_of("dense"), "native"), old),
         (record(tmp_path / "two", old, "native"), base_of("dense")),
     ):
-        assert check_base(adapter, base, any_base=False) == "native"
+        assert check_base(adapter, ModelDirectory(base), any_base=False) == "native"
         said = capsys.readouterr().out
         assert said.count("\n") == 1 and "could not be compared" in said and str(base) in said
 
@@ -210,7 +215,7 @@ def test_a_base_in_other_files_cannot_be_compared(base_of, tmp_path, capsys):
 def test_a_damaged_base_json_is_refused(content, base_of, tmp_path):
     (tmp_path / "base.json").write_text(content)
     with pytest.raises(Refused, match=str(tmp_path)):
-        check_base(tmp_path, base_of("dense"), any_base=False)
+        check_base(tmp_path, ModelDirectory(base_of("dense")), any_base=False)
 
 
 def test_without_base_json_the_name_is_compared(tmp_path, capsys, monkeypatch):
@@ -234,14 +239,6 @@ def test_without_base_json_the_name_is_compared(tmp_path, capsys, monkeypatch):
         ("tencent/Hunyuan-7B-Pretrain", snapshot, True),
     ):
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
-        assert check_base(tmp_path / "adapter", base, any_base=False) == "auto"
+        assert check_base(tmp_path / "adapter", ModelDirectory(base), any_base=False) == "auto"
         said = capsys.readouterr().out
         assert said.count("\n") == warned and (not warned or said.startswith("warning: ") and named in said), named
-
-
-def test_merge_imports_no_transformers_without_need(tmp_path):
-    """Without base.json there is nothing that a class would have to be known for."""
-    (tmp_path / "adapter_config.json").write_text("{}")
-    code = "import sys; from pathlib import Path; from sft.model import weight_files as m; "
-    code += f"m.check_base(Path({str(tmp_path)!r}), Path('.'), False); sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=TRAIN).returncode == 0

@@ -10,15 +10,14 @@ from sft.arguments import DataArguments, ModelArguments, TrainingArguments
 from sft.parser import NO_EFFECT
 
 TEXTS = {name: (REPO / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md")}
-OURS = {
-    f.name for cls in (ModelArguments, DataArguments) for f in dataclasses.fields(cls) if f.init
-} | NO_EFFECT.keys()
+OURS = {f.name for cls in (ModelArguments, DataArguments) for f in dataclasses.fields(cls)} | NO_EFFECT.keys()
 ALL = OURS | {f.name for f in dataclasses.fields(TrainingArguments)}
 MERGE_AND_CHAT = {"base_model_path", "adapter_model_path", "output_path", "save_dtype", "max_shard_size", "verify"}
 MERGE_AND_CHAT |= {"adapter", "prompt", "no_think"}
 DATA_PY = {"model", "file", "row"}
 OTHERS = {"help", "logdir", "nproc_per_node", "no-build-isolation", "nnodes", "node_rank", "master_addr"}
 OTHERS |= {"ntasks-per-node", "gpus-per-node", "network", "shm-size"}  # of tensorboard, torchrun, pip, srun, docker
+OTHERS |= {"index-url", "system-site-packages", "no-index", "find-links"}  # of pip and venv
 
 
 def commands(text):

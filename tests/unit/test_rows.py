@@ -11,7 +11,8 @@ from mutations import mutated
 from sft.data import rows
 from sft.data.chat_format import ChatFormat
 from sft.data.examples import Options, encode_rows
-from sft.data.rows import ALPACA, ARRAY, NEEDED, SHAREGPT, BadRow, Report, data_files, parse_row, read_lines
+from sft.data.report import Report
+from sft.data.rows import ALPACA, ARRAY, NEEDED, SHAREGPT, BadRow, data_files, parse_row, read_lines
 from sft.messages import Refused
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -165,12 +166,13 @@ def test_reports_add_up_and_keep_the_first_lines():
 
 
 @pytest.mark.parametrize("name", ["dense", "hy3"])
-def test_mutated_rows_are_trained_as_written_or_reported(name, format_tokenizer, example_rows):
-    """10,000 of them: each is one of the two, and what is trained is what the template gives for what JSON says."""
-    tokenizer, draw = format_tokenizer(name), random.Random(0)
+@pytest.mark.parametrize("number", [1000, pytest.param(5000, marks=pytest.mark.campaign)])
+def test_mutated_rows_are_trained_as_written_or_reported(number, name, format_tokenizer, example_rows):
+    """Each is one of the two, and what is trained is what the template gives for what JSON says."""
+    tokenizer, draw = format_tokenizer(name), random.Random(number)
     chat, good = ChatFormat(tokenizer), example_rows.read_bytes().splitlines()
     seen = {"trained": 0, "bad": 0, "unsupervised": 0}
-    for i in range(5000):
+    for i in range(number):
         line = mutated(draw.choice(good), draw)
         if not line.strip():
             continue
@@ -181,9 +183,9 @@ def test_mutated_rows_are_trained_as_written_or_reported(name, format_tokenizer,
         if outcome == "trained":
             row = json.loads(line)
             given = [m for m in row["messages"] if m != {"role": "system", "content": ""}]
-            given, _ = chat.messages({"messages": given}, Counter())
+            given, _ = chat.prepare({"messages": given}, Counter())
             ids = tokenizer.apply_chat_template(
                 given, tools=row.get("tools"), return_dict=False, is_training=given[-1]["role"] == "assistant"
             )
             assert table["input_ids"][-1].as_py() == ids[:4096]
-    assert min(seen["trained"], seen["bad"]) > 1000, seen
+    assert min(seen["trained"], seen["bad"]) > number / 5, seen

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from sft.model.weight_files import names_in_model
-from sft.training.save import as_stored
+from sft.training.save import with_base_names
 
 SIZES = {
     "vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -72,7 +72,7 @@ def test_saved_by_the_names_of_the_files(name, loaded):
     found = names_in_model(model, names)
     assert found.keys() == model.state_dict().keys()
     stored = {key: files[0] for key, files in found.items() if len(files) == 1}
-    saved = as_stored(model, model.state_dict(), stored)
+    saved = with_base_names(model, model.state_dict(), stored)
     assert sorted(saved) == sorted(names)
     if "experts.1.up_proj.weight" in " ".join(names):
         layer = model.model.layers[1].mlp.experts

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import transformers
 from transformers.integrations import get_available_reporting_integrations
@@ -80,9 +80,8 @@ class ModelArguments:
     make_moe_param_leaf_module: bool = option(False, "Under ZeRO-3, gather an MoE layer's parameters at once.")
     router_aux_loss_coef: float = option(0.0, "Weight of the routers' load-balancing loss.")
 
-    # Not flags.
-    hub_id: str | None = field(default=None, init=False)  # what model_name_or_path was before its files were fetched
-    given: frozenset[str] = field(default=frozenset(), init=False)  # the flags that this start was given
+    hub_ids: ClassVar[dict[str, str]] = {}  # {directory: the hub id whose files were fetched into it}
+    given = frozenset[str]()  # the flags that this start was given
 
 
 @dataclass
@@ -125,8 +124,7 @@ class TrainingArguments(transformers.TrainingArguments):
     group_by_length: bool = option(False, "Batches of rows of similar length (--train_sampling_strategy).")
     logging_dir: str | None = option(None, "Where TensorBoard's files go. Default: output_dir/runs/<time>.")
 
-    # Not a flag: the run's, which its checkpoints keep; see training/plan.py.
-    plan: dict[str, Any] = field(default_factory=dict, init=False)
+    plan = dict[str, Any]()  # the run's flags, which its checkpoints keep; see training/plan.py
 
     def __getstate__(self) -> dict:
         """For training_args.bin: without a token."""
@@ -155,8 +153,12 @@ def settable() -> list[Field]:
 
 def defaults() -> dict[str, Any]:
     """Every flag's default."""
-    empty = [f.name for f in settable() if f.default is MISSING]  # lists
-    return {f.name: f.default for f in settable()} | {name: [] for name in empty}
+    return {f.name: default_of(f) for f in settable()}
+
+
+def default_of(f: Any) -> Any:
+    """A field's default; a new one where it can be changed."""
+    return f.default if f.default is not MISSING else f.default_factory()
 
 
 # ------------------------------------------------------------------------------------------------ the checks
@@ -232,6 +234,8 @@ def use_todays_names(values: dict[str, Any]) -> None:
     """Let flags that transformers 5 renamed or dropped do what they did."""
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         new = old.replace("gradient", "activation")
+        if new not in values:  # transformers 5.17 knows the old name alone
+            continue
         if values[new] is None:
             values[new] = values[old]
         values[old] = None
@@ -261,14 +265,15 @@ def set_lowest_rate(values: dict[str, Any]) -> None:
 def build(values: dict[str, Any]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The three dataclasses, of all flags' values; refuses what only they show together."""
 
-    def of(cls: type) -> dict[str, Any]:
+    def of(cls: Any) -> dict[str, Any]:
         return {f.name: values[f.name] for f in fields(cls) if f.init}
 
-    model = ModelArguments(**of(ModelArguments))
-    data = DataArguments(**of(DataArguments))
+    model, data = ModelArguments(**of(ModelArguments)), DataArguments(**of(DataArguments))
     training = TrainingArguments(**of(TrainingArguments))
-    kwargs = training.activation_checkpointing_kwargs or {}
-    if model.router_aux_loss_coef and training.activation_checkpointing and kwargs.get("use_reentrant"):
+    # transformers 5.17 has the old names alone
+    recomputes = getattr(training, "activation_checkpointing", training.gradient_checkpointing)
+    kwargs = getattr(training, "activation_checkpointing_kwargs", training.gradient_checkpointing_kwargs) or {}
+    if model.router_aux_loss_coef and recomputes and kwargs.get("use_reentrant"):
         raise Refused("--router_aux_loss_coef: gets no gradient with use_reentrant in --gradient_checkpointing_kwargs")
     gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     zero3 = training.deepspeed and training.hf_deepspeed_config.is_zero3()

@@ -1,34 +1,31 @@
-"""The arithmetic and the files of a merge: which tensors an adapter changes, by how much, and into which files."""
+"""The arithmetic and the files of a merge: which tensors an adapter changes, by how much, and into which files.
 
-import argparse
+Refused (exit code 2): an adapter that is empty, does not fit its base, or is more than LoRA or DoRA on linear layers
+and routed experts; values that do not fit the dtype; a full disk.
+"""
+
+import functools
 import math
-import os
 import re
 import shutil
-import signal
 import sys
-from collections import Counter, namedtuple
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
 
-from sft.messages import Refused, choice, read_json
-from sft.model.weight_files import (
-    CORRECTION_BIAS,
-    INDEX,
-    STORED,
-    Stored,
-    open_tensors,
-    read_tensors,
-    some,
-)
+from sft.messages import Refused, choice, first_few, read_json
+from sft.model.directory import ModelDirectory, write_json
+from sft.model.weight_files import DTYPES, INDEX, Stored, open_tensors
 
-DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}  # as --save_dtype and as safetensors headers spell them
+SAVE_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}  # as --save_dtype and as safetensors headers spell them
 # What transformers names otherwise than the files of Hy3 and Hy4 do: (in the adapter, in the base).
 RENAMED = ((".mlp.shared_experts.", ".mlp.shared_mlp."), (".gate_proj", ".linear_gate"))
+MERGED_TOO = (".weight", "experts.gate_up_proj", "experts.down_proj")  # ends of target_parameters that are merged
 # Keys of adapter_config.json that make more of it than W + scaling * B @ A; so do other initialisations (PiSSA ...).
 BEYOND_LORA = (
     "modules_to_save",
@@ -45,83 +42,106 @@ BEYOND_LORA = (
 )
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
-# What it gains: keys of the adapter, a factor; of stacked experts how many there are, which one the tensor is (None:
-# all, fused), which rows of their lora_B are its own.
+# What a tensor of the base gains: keys of the adapter, a factor; of stacked experts how many there are, which one the
+# tensor is (None: all, fused), which rows of their lora_B are its own.
 Update = namedtuple("Update", "lora_A lora_B magnitude scaling experts expert rows", defaults=(0, None, slice(None)))
 
 
-def read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Stored]]:
-    """(config, index, {name: Stored} file by file) of a model directory, from headers alone; no index is {}. Refuses a
-    directory that is quantised, not safetensors or not whole."""
-    config = read_json(base / "config.json")
-    if config.get("quantization_config"):
-        raise Refused(f"{base / 'config.json'}: has a quantization_config; a quantised base cannot be merged into")
-    index, tensors = read_tensors(base)
-    if index and (unlisted := sorted(tensors.keys() - index["weight_map"].keys())):
-        file = tensors[unlisted[0]].file
-        raise Refused(f"{base / INDEX}: does not list what is in {file}: {some(unlisted)}; fetch or save both again")
-    return config, index, tensors
+class Unfit(ValueError):
+    """Why a module of the adapter has no place in the base."""
 
 
-def plan_updates(adapter: Path, tensors: dict[str, Stored], tied: bool) -> tuple[Any, dict[str, Update]]:
-    """(the adapter's opened file, {base tensor: Update}); refuses unless every tensor of the adapter has its place."""
-    settings, file = read_json(adapter / "adapter_config.json"), open_tensors(adapter / "adapter_model.safetensors")
-    merged_too = (".weight", "experts.gate_up_proj", "experts.down_proj")
-    settings["target_parameters"] = [p for p in settings.get("target_parameters") or [] if not p.endswith(merged_too)]
-    beyond = [key for key in BEYOND_LORA if settings.get(key)]
-    beyond += ["init_lora_weights"] if settings.get("init_lora_weights", True) not in PLAIN_INITS else []
-    if beyond:
-        found = some([f"{key}={settings[key]}" for key in beyond])
-        raise Refused(
-            f"{adapter / 'adapter_config.json'}: {found}: only LoRA and DoRA on linear layers and experts are merged; "
-            "use this adapter with PEFT on top of its base"
-        )
-    keys = file.keys()
-    shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-    if not any(math.prod(shape) for shape in shapes.values()):
-        raise Refused(f"{adapter}: the adapter holds no tensors, or only empty ones; save it again")
+class Adapter:
+    """An adapter's files, opened. Refuses one that is empty or not merely LoRA or DoRA."""
 
-    def setting(name: str, patterns: str, module: str) -> float:  # as PEFT resolves it, default included
-        matching = (key for key in settings.get(patterns) or {} if re.match(rf"(.*\.)?({key})$", module))
-        return next((settings[patterns][key] for key in matching), settings.get(name, 8))
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.settings = read_json(directory / "adapter_config.json")
+        self.file = open_tensors(directory / "adapter_model.safetensors")
+        self.shapes = {key: tuple(self.file.get_slice(key).get_shape()) for key in self.file.keys()}  # noqa: SIM118
+        self.is_dora = bool(self.settings.get("use_dora"))
+        targets = self.settings.get("target_parameters") or []
+        self.settings["target_parameters"] = [target for target in targets if not target.endswith(MERGED_TOO)]
+        beyond = [key for key in BEYOND_LORA if self.settings.get(key)]
+        if self.settings.get("init_lora_weights", True) not in PLAIN_INITS:
+            beyond.append("init_lora_weights")
+        if beyond:
+            found = first_few([f"{key}={self.settings[key]}" for key in beyond])
+            raise Refused(
+                f"{directory / 'adapter_config.json'}: {found}: only LoRA and DoRA on linear layers and experts are "
+                "merged; use this adapter with PEFT on top of its base"
+            )
+        if not any(math.prod(shape) for shape in self.shapes.values()):
+            raise Refused(f"{directory}: the adapter holds no tensors, or only empty ones; save it again")
 
-    updates, unfit, known, dora = {}, [], set(), bool(settings.get("use_dora"))
-    for lora_A in (key for key in shapes if key.endswith(".lora_A.weight")):
+    def setting(self, name: str, patterns: str, module: str) -> float:
+        """`name` of a module as PEFT resolves it: by the first pattern that matches, else for all, 8 by default."""
+        for pattern, value in (self.settings.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return self.settings.get(name, 8)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 (the experts of a layer share a factor; one object a merge)
+    def factor(self, key: str) -> torch.Tensor:
+        """A tensor of the adapter in fp32."""
+        return self.file.get_tensor(key).float()
+
+
+def plan_updates(adapter: Adapter, base: ModelDirectory) -> dict[str, Update]:
+    """{base tensor: its Update}; refuses unless every tensor of the adapter has its place."""
+    updates: dict[str, Update] = {}
+    unfit, known = [], set()
+    for lora_A in (key for key in adapter.shapes if key.endswith(".lora_A.weight")):
         prefix = lora_A.removesuffix(".lora_A.weight")
-        lora_B, magnitude = f"{prefix}.lora_B.weight", f"{prefix}.lora_magnitude_vector" if dora else None
-        known |= {lora_A, lora_B, magnitude, f"{prefix}.base_layer.weight"}  # PEFT saves a head's own weight as well
-        module = prefix.removeprefix("base_model.model.")
-        names = [f"{module}.weight", *(f"{module.replace(*pair)}.weight" for pair in RENAMED)]
-        name = next((name for name in names if name in tensors), names[0])
-        rank, delta = setting("r", "rank_pattern", module), (*shapes.get(lora_B, (0,))[:1], *shapes[lora_A][1:])
-        alpha = setting("lora_alpha", "alpha_pattern", module)
-        scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        if re.search(r"\.experts(\.base_layer)?$", module):
-            experts, parts = expert_parts(module.removesuffix(".base_layer"), delta, tensors)
-            if not parts or (shapes[lora_A][0], *shapes[lora_B][1:]) != (rank * experts, rank * experts):
-                unfit.append(f"{module} ({list(delta)}, rank {rank}: the base has no such experts)")
-            for name, expert, rows in parts:
-                updates[name] = Update(lora_A, lora_B, None, scaling, experts, expert, rows)
-        elif name not in tensors or (tied and name == "lm_head.weight"):
-            unfit.append(f"{module} (the base has no such weight{', it is tied' if 'lm_head' in name else ''})")
-        elif tensors[name].dtype not in STORED or tensors[name].shape != delta:
-            unfit.append(f"{module} ({list(delta)}, the base has {tensors[name].dtype} {list(tensors[name].shape)})")
-        elif (shapes[lora_A][0], *shapes[lora_B][1:]) != (rank, rank) or (dora and shapes.get(magnitude) != delta[:1]):
-            unfit.append(f"{module} (rank or magnitude are not as adapter_config.json says)")
-        else:
-            updates[name] = Update(lora_A, lora_B, magnitude, scaling)
-    unfit += sorted(shapes.keys() - known)
+        known |= {lora_A, f"{prefix}.lora_B.weight", f"{prefix}.base_layer.weight"}  # PEFT saves a head's own as well
+        known |= {f"{prefix}.lora_magnitude_vector"} if adapter.is_dora else set()
+        try:
+            updates |= place(adapter, base, prefix)
+        except Unfit as why:
+            unfit.append(f"{prefix.removeprefix('base_model.model.')} ({why})")
+    unfit += sorted(adapter.shapes.keys() - known)
     if unfit:
-        raise Refused(f"{adapter}: the adapter does not fit the base (is it another base's?): {some(unfit)}")
-    if not any(file.get_tensor(update.lora_B).any() for update in updates.values()):
+        fits = "the adapter does not fit the base (is it another base's?)"
+        raise Refused(f"{adapter.directory}: {fits}: {first_few(unfit)}")
+    if not any(adapter.file.get_tensor(update.lora_B).any() for update in updates.values()):
         print("warning: every lora_B is zero: this adapter was not trained", file=sys.stderr)
-    return file, updates
+    return updates
+
+
+def place(adapter: Adapter, base: ModelDirectory, prefix: str) -> dict[str, Update]:
+    """{base tensor: its Update} of one adapted module, whose keys begin with `prefix`. Raises Unfit."""
+    module = prefix.removeprefix("base_model.model.")
+    lora_A, lora_B = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+    magnitude = f"{prefix}.lora_magnitude_vector" if adapter.is_dora else None
+    shape_A, shape_B = adapter.shapes[lora_A], adapter.shapes.get(lora_B, (0,))
+    delta = (*shape_B[:1], *shape_A[1:])  # the shape of lora_B @ lora_A
+    ranks = (shape_A[0], *shape_B[1:])
+    rank = adapter.setting("r", "rank_pattern", module)
+    alpha = adapter.setting("lora_alpha", "alpha_pattern", module)
+    scaling = alpha / (math.sqrt(rank) if adapter.settings.get("use_rslora") else rank)
+    if re.search(r"\.experts(\.base_layer)?$", module):
+        experts, parts = expert_parts(module.removesuffix(".base_layer"), delta, base.tensors)
+        if not parts or ranks != (rank * experts, rank * experts):
+            raise Unfit(f"{list(delta)}, rank {rank}: the base has no such experts")
+        return {name: Update(lora_A, lora_B, None, scaling, experts, one, rows) for name, one, rows in parts}
+    names = [f"{module}.weight", *(f"{module.replace(*pair)}.weight" for pair in RENAMED)]
+    name = next((name for name in names if name in base.tensors), None)
+    is_head = names[0] == "lm_head.weight"
+    if name is None or (is_head and base.config.get("tie_word_embeddings", False)):
+        raise Unfit("the base has no such weight" + (", it is tied" if is_head else ""))
+    stored = base.tensors[name]
+    if stored.dtype not in DTYPES or stored.shape != delta:
+        raise Unfit(f"{list(delta)}, the base has {stored.dtype} {list(stored.shape)}")
+    if ranks != (rank, rank) or (magnitude and adapter.shapes.get(magnitude) != delta[:1]):
+        raise Unfit("rank or magnitude are not as adapter_config.json says")
+    return {name: Update(lora_A, lora_B, magnitude, scaling)}
 
 
 def expert_parts(
     module: str, delta: tuple[int, ...], tensors: dict[str, Stored]
 ) -> tuple[int, list[tuple[str, int | None, slice]]]:
-    """(number of experts, [(base tensor, which expert, rows of lora_B)]) of an adapter on a layer's stacked experts.
+    """(number of experts, [(base tensor, which expert, rows of lora_B)]) of an adapter on a layer's stacked experts;
+    (0, []) if they do not fit.
 
     PEFT calls what it adapts first and second by place and not by name; the shapes tell gate_up_proj from down_proj.
     In the files the experts are fused, one tensor a layer, or stand one by one.
@@ -130,24 +150,73 @@ def expert_parts(
         delta: (rows, columns) of what one expert gains.
     """
     for fused, ones in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
-        if (stored := tensors.get(f"{module}.{fused}")) and stored.shape[1:] == delta:
+        stored = tensors.get(f"{module}.{fused}")
+        if stored and stored.shape[1:] == delta:
             return stored.shape[0], [(f"{module}.{fused}", None, slice(None))]
-        if (stored := tensors.get(f"{module}.0.{ones[0]}.weight")) is None:
-            continue
-        rows, columns = stored.shape
-        if (rows * len(ones), columns) == delta:
+        stored = tensors.get(f"{module}.0.{ones[0]}.weight")
+        if stored and (stored.shape[0] * len(ones), stored.shape[1]) == delta:
+            rows = stored.shape[0]
             experts = sum(f"{module}.{expert}.{ones[0]}.weight" in tensors for expert in range(len(tensors)))
             return experts, [
-                (f"{module}.{expert}.{one}.weight", expert, slice(place * rows, (place + 1) * rows))
+                (f"{module}.{expert}.{name}.weight", expert, slice(number * rows, (number + 1) * rows))
                 for expert in range(experts)
-                for place, one in enumerate(ones)
+                for number, name in enumerate(ones)
             ]
     return 0, []
 
 
-def plan_files(tensors: dict[str, Stored], sizes: dict[str, int], limit: int) -> list[tuple[str, list[str]]]:
+def merged(tensor: torch.Tensor, update: Update, adapter: Adapter, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor with its update, computed in fp32 and rounded once to `dtype`; fused experts one by one."""
+    lora_A, lora_B = adapter.factor(update.lora_A), adapter.factor(update.lora_B)
+    if update.experts:  # as PEFT stacks them: A by expert and rank, B by rank and expert
+        lora_A = lora_A.unflatten(0, (update.experts, -1))
+        lora_B = lora_B.unflatten(1, (-1, update.experts)).permute(2, 0, 1)[:, update.rows]
+        if update.expert is None:
+            result = torch.empty_like(tensor, dtype=dtype)
+            for expert, weight in enumerate(tensor):
+                result[expert] = torch.addmm(weight.float(), lora_B[expert], lora_A[expert], alpha=update.scaling)
+            return result
+        lora_A, lora_B = lora_A[update.expert], lora_B[update.expert]
+    weight = torch.addmm(tensor.float(), lora_B, lora_A, alpha=update.scaling)
+    if update.magnitude:  # DoRA (Liu et al. 2024, equation 5)
+        weight *= (adapter.factor(update.magnitude) / torch.linalg.norm(weight, dim=1))[:, None]
+    return weight.to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+@dataclass
+class Plan:
+    """What will be written: each tensor's dtype (as headers spell it) and bytes, and [(file, its tensors)]."""
+
+    dtype: str
+    dtypes: dict[str, str]
+    sizes: dict[str, int]
+    files: list[tuple[str, list[str]]]
+
+    @property
+    def total_size(self) -> int:
+        return sum(self.sizes.values())
+
+
+def plan_files(base: ModelDirectory, asked: str | None, max_shard_size: int) -> Plan:
+    """The base's files in the dtype that is asked for, else the base's. Tensors that stay fp32, and those that are not
+    floating point, keep their own."""
+    dtype, why = (SAVE_DTYPES[asked], "given") if asked else base.dtype
+    choice("save_dtype", next(key for key, spelled in SAVE_DTYPES.items() if spelled == dtype), why)
+    dtypes, sizes = {}, {}
+    for name, tensor in base.tensors.items():
+        keeps_its_own = tensor.dtype not in DTYPES
+        dtypes[name] = tensor.dtype if keeps_its_own else "F32" if name in base.fp32_names else dtype
+        sizes[name] = tensor.nbytes if keeps_its_own else DTYPES[dtypes[name]].itemsize * math.prod(tensor.shape)
+    return Plan(dtype, dtypes, sizes, split_files(base.tensors, sizes, max_shard_size))
+
+
+def split_files(tensors: dict[str, Stored], sizes: dict[str, int], limit: int) -> list[tuple[str, list[str]]]:
     """[(file to write, its tensors)]: the base's files; one above `limit` bytes is split, all are renumbered."""
-    parts, filled = [], 0
+    parts: list[tuple[str, list[str]]] = []
+    filled = 0
     for name, tensor in tensors.items():
         if not parts or parts[-1][0] != tensor.file or filled + sizes[name] > limit:
             parts.append((tensor.file, []))
@@ -159,71 +228,53 @@ def plan_files(tensors: dict[str, Stored], sizes: dict[str, int], limit: int) ->
     return [(f"model-{number:05d}-of-{len(parts):05d}.safetensors", part[1]) for number, part in enumerate(parts, 1)]
 
 
-def merged(
-    tensor: torch.Tensor, update: Update, factor: Callable[[str], torch.Tensor], dtype: torch.dtype
-) -> torch.Tensor:
-    """The tensor with its update, computed in fp32 and rounded once to `dtype`; fused experts one by one.
-
-    Args:
-        factor: gives a tensor of the adapter in fp32.
-    """
-    lora_A, lora_B = factor(update.lora_A), factor(update.lora_B)
-    if update.experts:  # as PEFT stacks them: A by expert and rank, B by rank and expert
-        lora_A = lora_A.unflatten(0, (update.experts, -1))
-        lora_B = lora_B.unflatten(1, (-1, update.experts)).permute(2, 0, 1)[:, update.rows]
-        if update.expert is None:
-            result = torch.empty_like(tensor, dtype=dtype)
-            for expert, weight in enumerate(tensor):
-                result[expert] = torch.addmm(weight.float(), lora_B[expert], lora_A[expert], alpha=update.scaling)
-            return result
-        lora_A, lora_B = lora_A[update.expert], lora_B[update.expert]
-    weight = torch.addmm(tensor.float(), lora_B, lora_A, alpha=update.scaling)
-    if update.magnitude:
-        weight *= (factor(update.magnitude) / torch.linalg.norm(weight, dim=1))[:, None]
-    return weight.to(dtype)
-
-
-@contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
-    """A temporary directory beside `output`, which it becomes at the end; removed on any error or signal to stop, with
-    the parents that were made for it."""
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    made = [parent for parent in output.parents if not parent.exists()]
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
-
-    def clean_up() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # the result is in it, or another program's files
-                parent.rmdir()
-
-    def stop(number: int, _frame: Any) -> NoReturn:
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)  # a second signal must not cut the clean-up short
-        clean_up()
-        print(f"\nstopped by {signal.Signals(number).name}, nothing is left at {output}", file=sys.stderr, flush=True)
-        os._exit(128 + number)  # not SystemExit: torch swallows what is raised within a call of its own
-
-    try:
-        for number in before:
-            signal.signal(number, stop)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)  # whole from here on
-        temporary.rename(output)
-    finally:
-        clean_up()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def write_weights(
+    output: Path, plan: Plan, base: ModelDirectory, adapter: Adapter, updates: dict[str, Update]
+) -> None:
+    """Write the merged weights, a file at a time, and their index."""
+    for file, names in tqdm(plan.files, desc="merging", unit="shard"):
+        source, shard = open_tensors(base.path / base.tensors[names[0]].file), {}
+        for name in names:
+            tensor = source.get_tensor(name)
+            dtype = DTYPES.get(plan.dtypes[name], tensor.dtype)
+            shard[name] = merged(tensor, updates[name], adapter, dtype) if name in updates else tensor.to(dtype)
+            if (name in updates or plan.dtype == "F16") and not shard[name].isfinite().all():
+                raise Refused(
+                    f"{name}: not finite in {shard[name].dtype}: the adapter is damaged, or the dtype's range too "
+                    "small (then give --save_dtype bf16 or fp32)"
+                )
+        save_file(shard, output / file, source.metadata() or {"format": "pt"})
+    index, _ = base.headers
+    if index or len(plan.files) > 1:
+        places = {name: file for file, names in plan.files for name in names}
+        weight_map = {name: places[name] for name in index.get("weight_map", places)}
+        metadata = index.get("metadata", {}) | {"total_size": plan.total_size}
+        write_json(output / INDEX, index | {"metadata": metadata, "weight_map": weight_map})
 
 
-def logits(model_path: Path, model_code: str, adapter: Path | None = None) -> torch.Tensor:
-    """fp32 logits (1, 32, vocabulary) of a model directory on fixed tokens, with the adapter as PEFT applies it."""
-    from sft.model.remote_code_441 import load_any  # takes seconds to import: only here
+def check_keys(output: Path, plan: Plan, base: ModelDirectory) -> None:
+    """Refuse a result whose tensors are not the base's in the planned dtypes."""
+    wanted = {(name, tensor.shape, plan.dtypes[name]) for name, tensor in base.tensors.items()}
+    found = {(name, tensor.shape, tensor.dtype) for name, tensor in ModelDirectory(output).tensors.items()}
+    if wanted != found:
+        raise Refused(f"{output}: not the base's tensors: {first_few(sorted(map(str, wanted ^ found)))}")
+    choice("verify keys", f"{len(wanted)} tensors", "names and shapes are the base's, dtypes as asked for")
 
-    model = load_any(model_path, model_code, dtype=torch.float32)[0]
+
+def check_logits(output: Path, base: ModelDirectory, adapter: Path) -> None:
+    """Print the largest difference between the result's logits and those of base + adapter."""
+    expected = logits(base, adapter)
+    found = logits(ModelDirectory(output, model_code=base.model_code))
+    difference = (expected - found).abs().max()
+    why = "largest difference from base + adapter with PEFT on 32 fixed tokens, fp32; largest logit"
+    choice("verify logits", f"{difference:.3g}", f"{why} {expected.abs().max():.3g}")
+
+
+def logits(directory: ModelDirectory, adapter: Path | None = None) -> torch.Tensor:
+    """fp32 logits (1, 32, vocabulary) of a model on fixed tokens, with the adapter as PEFT applies it."""
+    from sft.model.pretrained import load_pretrained  # takes seconds to import: only here
+
+    model: Any = load_pretrained(directory, dtype=torch.float32)
     if adapter:
         from peft import PeftModel
 
@@ -234,29 +285,6 @@ def logits(model_path: Path, model_code: str, adapter: Path | None = None) -> to
         return model(input_ids=input_ids, use_cache=False).logits.cpu()
 
 
-def byte_size(text: str) -> int:
-    """Bytes in "5GB", "500MB" or a plain number, decimal as Hugging Face counts them."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 5GB or 500MB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
-
-
-def choose_dtype(asked: str | None, config: dict, tensors: dict[str, Stored]) -> tuple[str, set[str]]:
-    """The dtype of the result, as headers spell it: what is asked for, else the base's; and the names of the tensors
-    that keep their own: what a half-precision base keeps in fp32, and what is not floating point."""
-    stored = Counter()
-    for tensor in tensors.values():
-        stored[tensor.dtype] += tensor.nbytes
-    told = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    bases, why = next((key for key in STORED if str(STORED[key]) == f"torch.{told}"), ""), "config.json of the base"
-    if bases not in stored:  # not told, or not so
-        bases, why = max(STORED, key=lambda dtype: stored[dtype]), "most of the base's weights"
-    keep = {
-        name
-        for name, tensor in tensors.items()
-        if tensor.dtype not in STORED or (tensor.dtype == "F32" and (bases != "F32" or name.endswith(CORRECTION_BIAS)))
-    }
-    saved, why = (DTYPES[asked], "given") if asked else (bases, why)
-    choice("save_dtype", next(key for key in DTYPES if DTYPES[key] == saved), why)
-    return saved, keep
+def free_space(directory: Path) -> int:
+    """Bytes that are free where a directory is or will be."""
+    return shutil.disk_usage(next(parent for parent in directory.parents if parent.exists())).free

@@ -51,11 +51,16 @@ def end_by_ctrl_c(where: str = "") -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def first_few(items: list[str]) -> str:
+    """The first few of a list, for a message."""
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
 def run_script(
     main: Callable[[], object],
     stopped: str = "",
     all_refuse: Callable[[], bool] = lambda: False,
-    leave: Callable[[int], NoReturn] = sys.exit,
+    leave: Callable[[int | str], NoReturn] = sys.exit,
 ) -> NoReturn:
     """Run a script's `main`, then end the process: with 0, with 2 and one message where it refuses, at Ctrl-C by the
     signal.
@@ -65,7 +70,7 @@ def run_script(
         all_refuse: of several ranks, waits for the others and returns whether all of them refuse.
         leave: ends the process with an exit code.
     """
-    code = 0
+    code: int | str = 0
     try:
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is tidied up
@@ -78,7 +83,7 @@ def run_script(
             time.sleep(REFUSAL_SECONDS)  # for rank 0 to say the same: its end ends this rank
             report_refusal(refusal)
     except SystemExit as end:
-        code = int(end.code or 0)
+        code = end.code or 0
     except KeyboardInterrupt:
         end_by_ctrl_c(stopped)
     leave(code)

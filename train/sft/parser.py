@@ -104,8 +104,8 @@ HEADINGS = {  # first flag of a group: its title
 def help_text() -> str:
     """A line for each flag: ours in groups, then Hugging Face's."""
     by_name = {f.name: f for f in settable()}
-    own = (*ModelArguments.__annotations__, *DataArguments.__annotations__, *TrainingArguments.__annotations__)
-    ours = [name for name in own if name in by_name]
+    ours = [f.name for f in (*fields(ModelArguments), *fields(DataArguments))]
+    ours += [name for name in TrainingArguments.__annotations__ if name in by_name]
     lines = ["usage: bash train.sh    [config.yaml | config.json] [--flag value …]    (variables: at its top)"]
     lines += ["       python train.py  [config.yaml | config.json] [--flag value …]"]
     for name in ours:

@@ -9,7 +9,6 @@ directory behind.
 """
 
 import contextlib
-import io
 import math
 import os
 import shlex
@@ -20,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sft.messages import BEFORE_THE_FIRST_STEP, Refused, end_by_ctrl_c, report_refusal, run_script
 
@@ -28,8 +27,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: end_by_ctrl_c(BEFORE_THE_FIRST_STEP))
 
 from sft.arguments import check_values, defaults
-from sft.nodes import launch
-from sft.nodes.agent import number_of_gpus
+from sft.nodes.examine import number_of_gpus
+from sft.nodes.launch import launch
 from sft.nodes.preflight import number_from, read_nodes, visit
 from sft.parser import parse_flags, with_config_file
 
@@ -44,17 +43,10 @@ FLAG_OF = {
     "STALL_TIMEOUT": "ddp_timeout",
 }
 # What a run that goes on is started with again.
-WHERE = [
-    "HOST_GPU_NUM",
-    "CUDA_VISIBLE_DEVICES",
-    "NODE_IP_LIST",
-    "IP_LIST",
-    "LOCAL_IP",
-    "SSH_PORT",
-    "MASTER_PORT",
-    "NET_IFNAME",
-    "FORWARD",
-]
+WHERE = (
+    "HOST_GPU_NUM", "CUDA_VISIBLE_DEVICES", "NODE_IP_LIST", "IP_LIST", "LOCAL_IP", "SSH_PORT", "MASTER_PORT",
+    "NET_IFNAME", "FORWARD",
+)  # fmt: skip
 
 
 @dataclass
@@ -174,12 +166,11 @@ def logged(log: Path) -> Iterator[None]:
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     copier = 'trap "" INT TERM HUP; exec tee -a -- "$0"'
-    read_end, write_end = os.pipe()
-    tee = subprocess.Popen(["sh", "-c", copier, str(log)], stdin=read_end)
+    tee = subprocess.Popen(["sh", "-c", copier, str(log)], stdin=subprocess.PIPE)
+    assert tee.stdin
     for number in (1, 2):
-        os.dup2(write_end, number)
-    os.close(read_end)
-    os.close(write_end)
+        os.dup2(tee.stdin.fileno(), number)
+    tee.stdin.close()
     try:
         yield
     finally:
@@ -207,7 +198,7 @@ def run(job: Job, command: list[str], values: dict[str, Any]) -> int:
             print(line, flush=True)
         try:
             visit(read_nodes(dict(os.environ)))  # hosts that ssh does not know: it asks, and reads the answer, here
-            code = launch_everywhere(command, values, log)
+            code = launch(command, values, log)
         except Refused as refusal:
             report_refusal(refusal)
             code = 2
@@ -217,11 +208,6 @@ def run(job: Job, command: list[str], values: dict[str, Any]) -> int:
             for path in made:
                 path.rmdir()
     return code
-
-
-def launch_everywhere(command: list[str], values: dict[str, Any], log: Path) -> int:
-    """Start train.py on every node and wait for it; returns the exit code of the job."""
-    return launch.main(command, str(log))
 
 
 def main(argv: list[str]) -> None:
@@ -250,10 +236,16 @@ def main(argv: list[str]) -> None:
         check_values(defaults() | values)
     os.environ["HOST_GPU_NUM"] = job.variables["HOST_GPU_NUM"]
     os.environ.setdefault("TQDM_MININTERVAL", "1")  # seconds; the bar goes to the log too
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.exit(run(job, command, values))
 
 
+def exit_past_threads(code: int | str) -> NoReturn:
+    """End the process although torch's agent may still wait in a thread."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code))
+
+
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]), stopped=BEFORE_THE_FIRST_STEP)
+    run_script(lambda: main(sys.argv[1:]), stopped=BEFORE_THE_FIRST_STEP, leave=exit_past_threads)

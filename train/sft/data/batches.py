@@ -5,26 +5,74 @@ there are short rows). Rows of one length and bins with one space left are handl
 many steps as there are pairs of them, whatever the number of rows.
 """
 
-import bisect
+import math
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
-from sft.data.examples import IGNORE_INDEX, Examples
+from sft.data.examples import IGNORE_INDEX, Examples, Options, load_examples
+from sft.messages import Refused, note
+
+
+@dataclass
+class Data:
+    """What is trained and evaluated on.
+
+    Attributes:
+        examples: the sequences of all training rows.
+        train: the same, or bins of them.
+        figures: the counts for train_results.json.
+    """
+
+    examples: Examples
+    train: "Examples | Bins"
+    evaluation: Examples | None
+    figures: dict[str, Any]
+
+
+def load_data(args: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
+    """The rows to train on and to evaluate on, tokenized, as arguments.DataArguments says. Refuses bad rows and a
+    split that leaves none."""
+    options = Options(args.max_seq_length, args.train_on, args.overlong)
+    how = (tokenizer, options, args.bad_rows, args.preprocessing_num_workers)
+    examples, evaluation = load_examples(args.train_data_file, *how), None
+    if args.eval_data_file:
+        evaluation = load_examples(args.eval_data_file, *how, flag="--eval_data_file")
+    elif args.eval_split:
+        examples, evaluation = examples.split(args.eval_split)
+        if not len(examples) or not len(evaluation):
+            purpose = "evaluate" if len(examples) else "train"
+            raise Refused(f"--eval_split {args.eval_split}: leaves no row to {purpose} on")
+    to_evaluate = f", {len(evaluation)} to evaluate on" if evaluation else ""
+    note(f"{examples.report.counts['rows']} rows: {len(examples)} sequences to train on{to_evaluate}")
+    figures: dict[str, Any] = examples.figures() | {
+        "num_examples": len(examples),
+        "num_eval_examples": len(evaluation or ()),
+    }
+    if args.packing != "bin":
+        return Data(examples, examples, evaluation, figures)
+    bins = Bins(examples, args.max_seq_length, seed)
+    note(f"{len(examples)} sequences in {len(bins)} bins, which are {bins.fill:.1%} full")
+    return Data(examples, bins, evaluation, figures | {"num_bins": len(bins), "bin_fill": bins.fill})
 
 
 @dataclass
 class Filled(torch.utils.data.Dataset):
-    """Examples filled up to a multiple of `multiple` with ones that have no supervised token: every rank then has as
-    many whole batches, and no example is taken twice."""
+    """Examples, filled up to a multiple of `multiple` by sequences without a supervised token.
+
+    Every rank then has as many batches as the others, and no example is taken twice.
+    """
 
     examples: Examples
     multiple: int
 
     def __len__(self) -> int:
-        return -(-len(self.examples) // self.multiple) * self.multiple
+        return math.ceil(len(self.examples) / self.multiple) * self.multiple
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         if i < len(self.examples):
@@ -87,46 +135,36 @@ def plan_bins(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray
     rows = rows[np.argsort(-lengths[rows].astype(np.int64), kind="stable")]
     sorted_lengths = lengths[rows]
     begins = np.flatnonzero(np.diff(sorted_lengths, prepend=-1)).tolist() + [len(rows)]
-    bin_of = np.empty(len(rows), np.int32)  # of the row at the same place in `rows`
-    free: dict[int, list[np.ndarray]] = {}  # space left → bins
-    spaces: list[int] = []  # the keys of `free`, ascending
+    bin_of: np.ndarray = np.empty(len(rows), np.int32)  # of the row at the same place in `rows`
+    free: dict[int, list[np.ndarray]] = defaultdict(list)  # groups of bins by the space that they have left
+    occupied: np.ndarray = np.zeros(capacity + 1, bool)  # whether there are any
     bins = 0
-    for begin, end in zip(begins, begins[1:]):
+    for begin, end in zip(begins, begins[1:]):  # rows of one length
         length = int(sorted_lengths[begin])
         while begin < end:
-            place = bisect.bisect_left(spaces, length)
-            if place < len(spaces):
-                space = spaces[place]
+            space = length + int(occupied[length:].argmax())  # the least that holds a row
+            if occupied[space]:
                 chosen = free[space].pop()
-                if not free[space]:
-                    del free[space], spaces[place]
+                occupied[space] = bool(free[space])
             else:
                 space = capacity
-                each = capacity // length
-                chosen = np.arange(bins, bins + -(-(end - begin) // each), dtype=np.int32)
-                bins += len(chosen)
-            each = space // length
-            used = min(len(chosen), -(-(end - begin) // each))
-            if used < len(chosen):
-                put_back(free, spaces, space, chosen[used:])
+                needed = math.ceil((end - begin) / (space // length))
+                chosen = np.arange(bins, bins + needed, dtype=np.int32)
+                bins += needed
+            each = space // length  # rows that a bin takes
+            used = min(len(chosen), math.ceil((end - begin) / each))
             count = min(end - begin, used * each)
             bin_of[begin : begin + count] = np.repeat(chosen[:used], each)[:count]
-            full = count // each  # bins that took `each` rows; a last one may have taken fewer
-            put_back(free, spaces, space - each * length, chosen[:full])
-            if full < used:
-                put_back(free, spaces, space - (count - full * each) * length, chosen[full:used])
             begin += count
+            full, rest = divmod(count, each)  # bins that took `each` rows; rows in one more bin
+            groups = {space - each * length: chosen[:full], space - rest * length: chosen[full:used]}
+            for left, group in (groups | {space: chosen[used:]}).items():
+                if left and len(group):
+                    free[left].append(group)
+                    occupied[left] = True
     order = rows[np.argsort(bin_of, kind="stable")]
     starts = np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=bins))])
     return order, starts
-
-
-def put_back(free: dict[int, list[np.ndarray]], spaces: list[int], space: int, bins: np.ndarray) -> None:
-    if len(bins) and space:
-        if space not in free:
-            free[space] = []
-            bisect.insort(spaces, space)
-        free[space].append(bins)
 
 
 class Bins(torch.utils.data.Dataset):

@@ -3,12 +3,14 @@
 A row is `{"messages": [{"role": …, "content": …}, …]}`, rendered by the tokenizer's own chat template. The loss is on
 what the assistant says and on the token that ends its turn, nothing else (chat_format.py finds it).
 
-Refused (exit code 2): what rows.py refuses, and with `file:line` what it and chat_format.py call a bad row.
+Refused: what rows.py refuses, and with `file:line` what rows.py, thinking.py and chat_format.py call a bad row.
 """
 
 import functools
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,14 +18,14 @@ import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sft.data.chat_format import WARNINGS, ChatFormat
-from sft.data.rows import ALPACA, NEEDED, SHAREGPT, SHOWN, BadRow, Report, data_files, parse_row
+from sft.data.chat_format import ChatFormat, Sequence
+from sft.data.report import Report, report_findings
+from sft.data.rows import BadRow, data_files, parse_row
 from sft.messages import Refused, note
 
 IGNORE_INDEX = -100  # the label of a token that is not supervised
-
-
-# -------------------------------------------------------------------------------------------------------------- tokens
+INTS = pa.list_(pa.int32())
+SCHEMA = pa.schema({"input_ids": INTS, "spans": INTS, "row_hash": pa.uint32()})
 
 
 @dataclass(frozen=True)
@@ -41,72 +43,73 @@ def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options
     Returns a table of `input_ids`, `spans` (first token and end of each supervised stretch, flat) and `row_hash` (the
     same for all sequences of a row).
     """
-    report, rows, texts = Report(), [], []
+    report, rendered, texts = Report(), [], []
     for number, line in lines:
         report.counts["rows"] += 1
-        counts = dict.fromkeys(("turns", "turns_not_trained_on", *WARNINGS), 0)
         try:
             if line is None:
                 raise BadRow("is longer than 16 MB")
-            row = parse_row(line)
-            try:
-                sequences = chat.sequences(row, options.train_on, counts)
-            except BadRow:
-                raise
-            except Exception as error:  # a template may raise anything, and its message may quote the row
-                raise BadRow(f"the chat template does not render it ({type(error).__name__})") from error
+            sequences = render_row(line, chat, options, report)
+            row_hash = int.from_bytes(hashlib.blake2b(line.strip(), digest_size=4).digest(), "little")
         except BadRow as error:
             report.found("bad", number, str(error))
+        else:
+            rendered.append((number, row_hash, sequences))
+            texts += [text for text, _ in sequences]
+    all_ids = iter(chat.encoder.encode_each(texts))
+    encoded = []
+    for number, row_hash, sequences in rendered:
+        ids_of_row = [ids for _ in sequences if (ids := next(all_ids)) is not None]
+        if len(ids_of_row) < len(sequences):
+            report.found("bad", number, "the tokenizer raised an error")
             continue
-        report.counts.update(counts)
-        row_hash = int.from_bytes(hashlib.blake2b(line.strip(), digest_size=4).digest(), "little")
-        rows.append((number, row_hash, sequences))
-        texts += [text for text, _ in sequences]
-    all_ids = iter(chat.tokenize_all(texts))
-    columns = {"input_ids": [], "spans": [], "row_hash": []}
-    for number, row_hash, sequences in rows:
-        kept, too_long, row_ids = 0, 0, [next(all_ids) for _ in sequences]
-        if None in row_ids:
-            report.found("bad", number, "the tokenizer does not take it")
-            continue
-        for (text, spans), ids in zip(sequences, row_ids):
-            ids = np.array(ids, np.int32)
-            cuts = chat.tokens_before(text, ids, [place for span in spans for place in span])
-            limit = options.max_seq_length
-            too_long = max(too_long, len(ids) if len(ids) > limit else 0)
-            if len(ids) > limit and options.overlong != "truncate":
-                continue
-            # nothing comes before the first token that could predict it
-            spans = [(max(a, 1), min(b, limit)) for a, b in zip(cuts[::2], cuts[1::2]) if max(a, 1) < min(b, limit)]
-            if spans:
-                kept += 1
-                columns["input_ids"].append(ids[:limit])
-                columns["spans"].append(np.array(spans, np.int32).ravel())
-                columns["row_hash"].append(row_hash)
-        report.counts["split"] += kept > 1
-        if too_long:
-            report.found("overlong", number, f"{too_long} tokens")
-        if not kept and not (too_long and options.overlong != "truncate"):
+        kept = cut_row(sequences, ids_of_row, chat, options)
+        longest = max(map(len, ids_of_row))
+        if longest > options.max_seq_length:
+            report.found("overlong", number, f"{longest} tokens")
+        if not kept and (longest <= options.max_seq_length or options.overlong == "truncate"):
             report.found("unsupervised", number)
-    return pa.table(
-        {
-            "input_ids": lists(columns["input_ids"]),
-            "spans": lists(columns["spans"]),
-            "row_hash": pa.array(columns["row_hash"], pa.uint32()),
-        }
-    ), report
+        report.counts["split"] += len(kept) > 1
+        encoded += [{"input_ids": ids, "spans": spans, "row_hash": row_hash} for ids, spans in kept]
+    return pa.Table.from_pylist(encoded, SCHEMA), report
 
 
-def lists(arrays: list[np.ndarray]) -> pa.ListArray:
-    """int32 arrays as one Arrow column."""
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays) if arrays else np.zeros(0, np.int32))
+def render_row(line: bytes, chat: ChatFormat, options: Options, report: Report) -> list[Sequence]:
+    """The texts that a line becomes. Raises BadRow; a bad row adds nothing to the counts."""
+    row = parse_row(line)
+    counts: Counter[str] = Counter()
+    try:
+        sequences = chat.sequences(row, options.train_on, counts)
+    except BadRow:
+        raise
+    except Exception as error:  # a template may raise anything, and its message may quote the row
+        raise BadRow(f"the chat template does not render it ({type(error).__name__})") from error
+    report.counts.update(counts)
+    return sequences
+
+
+def cut_row(
+    sequences: list[Sequence], ids_of_row: list[list[int]], chat: ChatFormat, options: Options
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, spans) of the row's sequences that have a supervised token within max_seq_length."""
+    limit, kept = options.max_seq_length, []
+    for (text, spans), ids in zip(sequences, ids_of_row):
+        if len(ids) > limit and options.overlong != "truncate":
+            continue
+        ids = np.array(ids, np.int32)
+        places = chat.encoder.tokens_before(text, ids, [place for span in spans for place in span])
+        starts = [max(start, 1) for start in places[::2]]  # nothing before the first token could predict it
+        ends = [min(end, limit) for end in places[1::2]]
+        spans = [(start, end) for start, end in zip(starts, ends) if start < end]
+        if spans:
+            kept.append((ids[:limit], np.array(spans, np.int32).ravel()))
+    return kept
 
 
 class Examples(torch.utils.data.Dataset):
-    """Token sequences, memory-mapped, with the counts that the results report."""
+    """Token sequences, memory-mapped (`rows`: a datasets.Dataset), with the counts that the results report."""
 
-    def __init__(self, rows: "datasets.Dataset", report: Report, index: np.ndarray | None = None):  # noqa: F821
+    def __init__(self, rows: Any, report: Report, index: np.ndarray | None = None):
         self.report = report
         self.rows = rows.with_format("numpy", columns=["input_ids", "spans"])
         self.index = np.arange(len(rows)) if index is None else index
@@ -150,25 +153,6 @@ class Examples(torch.utils.data.Dataset):
         }
 
 
-def load_data(args, tokenizer: PreTrainedTokenizerBase, options: Options) -> tuple["Examples", "Examples | None"]:
-    """The rows to train on and to evaluate on, as arguments.DataArguments says."""
-    how = (tokenizer, options, args.bad_rows, args.preprocessing_num_workers)
-    examples, evaluation = load_examples(args.train_data_file, *how), None
-    if args.eval_data_file:
-        evaluation = load_examples(args.eval_data_file, *how, flag="--eval_data_file")
-    elif args.eval_split:
-        examples, evaluation = examples.split(args.eval_split)
-        if not len(examples) or not len(evaluation):
-            raise Refused(
-                f"--eval_split {args.eval_split}: leaves no row to {'evaluate' if len(examples) else 'train'} on"
-            )
-    note(
-        f"{examples.report.counts['rows']} rows: {len(examples)} sequences to train on"
-        + (f", {len(evaluation)} to evaluate on" if evaluation else "")
-    )
-    return examples, evaluation
-
-
 def load_examples(
     patterns: list[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -186,54 +170,19 @@ def load_examples(
 
     from sft.data.tokenized import fingerprint, tokenized, workers_for
 
-    chat, parts, report = ChatFormat(tokenizer), [], Report()
-    print_tokenizer, encode = fingerprint(tokenizer), functools.partial(encode_rows, chat=chat, options=options)
-    named: dict[str, list[str]] = {}
     files = data_files(patterns, flag)
     workers = workers or workers_for(files)
+    encode = functools.partial(encode_rows, chat=ChatFormat(tokenizer), options=options)
+    key = [fingerprint(tokenizer), repr(options)]
+    parts, report = [], Report()
     for file in files:
-        rows, found = tokenized(file, [print_tokenizer, repr(options)], encode, workers)
-        parts.append(rows)
-        for kind, lines in found.lines.items():
-            named[kind] = named.get(kind, []) + [f"{file}:{n}" + (f": {what}" if what else "") for n, what in lines]
+        rows, found = tokenized(file, key, encode, workers)
         if found.notes:
             note(f"{file}: accepted: {', '.join(found.notes)}")
-        report.add(found)
-    say(report, named, options, bad_rows)
+        report.add(found, file)
+        parts.append(rows)
+    report_findings(report, bad_rows, options.overlong, options.max_seq_length)
     rows = datasets.concatenate_datasets(parts)
     if not len(rows):
         raise Refused(f"{flag} {' '.join(patterns)}: no row has a token to learn within --max_seq_length")
     return Examples(rows, report)
-
-
-def say(report: Report, named: dict[str, list[str]], options: Options, bad_rows: str) -> None:
-    """Refuse bad rows, or name them; say what else was found."""
-    counts = report.counts
-
-    def listed(kind: str) -> str:
-        more = counts[kind] - SHOWN
-        return "\n".join(named[kind][:SHOWN] + ([f"… {more} more"] if more > 0 else []))
-
-    if counts["bad"]:
-        text = f"{counts['bad']} of {counts['rows']} rows are bad:\n" + listed("bad")
-        if any(what.endswith((ALPACA, SHAREGPT)) for what in named["bad"]):
-            text += f"\n{NEEDED}"
-        if bad_rows == "error":
-            raise Refused(text + "\nMend them, or leave them out with --bad_rows skip")
-        note(f"--bad_rows skip: {text}")
-    if counts["overlong"]:
-        text = f"{counts['overlong']} rows are longer than --max_seq_length {options.max_seq_length}"
-        if options.overlong == "error":
-            raise Refused(f"{text} (--overlong error):\n" + listed("overlong"))
-        note(
-            f"{text}: " + ("cut at the right" if options.overlong == "truncate" else f"left out\n{listed('overlong')}")
-        )
-    if counts["unsupervised"]:
-        note(f"{counts['unsupervised']} rows are left out: no supervised token\n" + listed("unsupervised"))
-    if counts["split"]:
-        note(f"{counts['split']} rows become several sequences: the template rewrites earlier turns")
-    if counts["turns_not_trained_on"]:
-        note(f"{counts['turns_not_trained_on']} of {counts['turns']} assistant turns are not trained on")
-    for kind, text in WARNINGS.items():
-        if counts[kind]:
-            note(f"warning: {counts[kind]} {text}")

@@ -1,33 +1,31 @@
 """A model ready to train: loaded from a directory or built from flags, its adapter, what is frozen.
 
-Refused (exit code 2): a directory that is not there, has no weights or is quantised, FlashAttention where it cannot
-run, packing where rows would run together.
+Refused (exit code 2): what directory.py and pretrained.py refuse, FlashAttention where it cannot run, packing where
+rows would run together.
 """
 
 import importlib.util
 import inspect
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from sft.arguments import ModelArguments, TrainingArguments
 from sft.data.tokenized import fingerprint
-from sft.messages import Refused, choice, note, read_json
+from sft.messages import Refused, choice, note
+from sft.model.adapter_base import record_base
+from sft.model.directory import ModelDirectory
 from sft.model.moe import moe_layers, route_in_fp32
-from sft.model.weight_files import check_whole, is_transformers_own, read_tensors, some
+from sft.model.pretrained import first_line, load_pretrained, load_tokenizer
+from sft.model.weight_files import is_transformers_own
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 ROWS_RUN_TOGETHER = (
     "the model is code that its directory brings, which does not keep packed rows apart. Leave --packing out, or pass "
     "--trust_remote_code false where transformers knows the model"
@@ -43,68 +41,40 @@ def fetch(args: ModelArguments) -> None:
         path = getattr(args, flag)
         if path is None or looks_local(path):
             continue
-        args.trust_remote_code = bool(args.trust_remote_code)  # a directory of one's own is trusted, this is not
-        if flag == "model_name_or_path":
-            args.hub_id = path  # for the adapter's config
         try:
             setattr(args, flag, snapshot_download(path, cache_dir=args.cache_dir))
         except (OSError, ValueError) as error:
             raise Refused(f"--{flag} {path}: no such directory, and not fetched: {first_line(error)}") from error
+        args.hub_ids[getattr(args, flag)] = path
 
 
-def check_directory(args: ModelArguments, packing: str = "none") -> None:
-    """Refuse a model directory that cannot be trained, before anything is loaded from it."""
-    path = args.model_name_or_path
+def open_directory(args: ModelArguments, packing: str = "none") -> ModelDirectory:
+    """The directory of the model to train, and its tokenizer's. Refuses one that cannot be trained, before anything is
+    loaded from it."""
+    path, tokenizer = args.model_name_or_path, args.tokenizer_name_or_path
+    if path is None and tokenizer is None:
+        raise Refused(
+            "neither --model_name_or_path nor --tokenizer_name_or_path is given: one of them brings the tokenizer"
+        )
+    directory = ModelDirectory(
+        path,
+        tokenizer,
+        trusted=may_run_code(args, path),
+        tokenizer_trusted=may_run_code(args, tokenizer or path),
+        model_code=args.model_code,
+        name=f"--model_name_or_path {path}",
+        hub_id=args.hub_ids.get(path or ""),
+    )
     if path is None:
-        if args.tokenizer_name_or_path is None:
-            raise Refused(
-                "neither --model_name_or_path nor --tokenizer_name_or_path is given: one of them brings the tokenizer"
-            )
         from sft.model.from_flags import check_architecture
 
         check_architecture(args)
-        check_tokenizer_directory(args)
-        return
-    directory = Path(path)
-    if not directory.is_dir():
-        raise Refused(f"--model_name_or_path {path}: no such directory")
-    if not (directory / "config.json").is_file():
-        raise Refused(f"--model_name_or_path {path}: has no config.json")
-    if not any(any(directory.glob(pattern)) for pattern in WEIGHTS):
-        raise Refused(f"--model_name_or_path {path}: holds no weights (*.safetensors)")
-    config = read_json(directory / "config.json")
-    if config.get("quantization_config"):
-        raise Refused(
-            f"--model_name_or_path {path}: is quantised (quantization_config in config.json): train its base"
-        )
-    if any(directory.glob("*.safetensors")):
-        read_tensors(directory)
-    own = "AutoModelForCausalLM" in (config.get("auto_map") or {}) and trusts(args)
-    if own:
-        from sft.model.remote_code_441 import brings_old_code, check_code, runs_own_code
-
-        if brings_old_code(config):
-            check_code(directory, config["auto_map"])
-            own = runs_own_code(config, args.model_code)
-    if own and packing != "none":
+    directory.check()
+    if packing != "none" and directory.runs_own_code:
         raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
-    check_tokenizer_directory(args)
-
-
-def check_tokenizer_directory(args: ModelArguments) -> None:
-    path = args.tokenizer_name_or_path
-    if path and not Path(path).is_dir():
-        raise Refused(f"--tokenizer_name_or_path {path}: no such directory")
-
-
-def legacy_config(args: ModelArguments) -> dict | None:
-    """The config.json of a directory of the 4.41 era, with code of its own, or None for any other."""
-    from sft.model.remote_code_441 import brings_old_code
-
-    if not trusts(args):
-        return None
-    config = read_json(Path(args.model_name_or_path) / "config.json")
-    return config if brings_old_code(config) else None
+    if tokenizer and not Path(tokenizer).is_dir():
+        raise Refused(f"--tokenizer_name_or_path {tokenizer}: no such directory")
+    return directory
 
 
 def looks_local(path: str) -> bool:
@@ -112,38 +82,27 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
 
 
-def trusts(args: ModelArguments) -> bool:
-    """Whether code that a directory brings may run: unless forbidden, which fetch() does for what comes from a hub."""
-    return args.trust_remote_code is not False
+def may_run_code(args: ModelArguments, path: str | None) -> bool:
+    """Whether code that a directory brings may run: as --trust_remote_code says, else that of a local one alone."""
+    return path not in args.hub_ids if args.trust_remote_code is None else args.trust_remote_code
 
 
-def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer of `--tokenizer_name_or_path`, else the model's. It must have a chat template."""
-    path = args.tokenizer_name_or_path or args.model_name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(args))
-    except Exception as error:  # the directory's own code may raise anything
-        raise Refused(f"the tokenizer in {path} does not load: {type(error).__name__}: {first_line(error)}") from error
-    if not tokenizer.chat_template:
-        raise Refused(f"the tokenizer in {path} has no chat template: rows cannot be rendered")
-    return tokenizer
-
-
-def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, args: ModelArguments, resume: str) -> None:
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: ModelDirectory, checkpoint: Path) -> None:
     """Refuse another tokenizer or template than the checkpoint's: its run is of other tokens."""
-    if fingerprint(tokenizer) != fingerprint(load_tokenizer(replace(args, tokenizer_name_or_path=resume))):
-        raise Refused(f"--tokenizer_name_or_path {args.tokenizer_name_or_path}: is not the tokenizer of {resume}")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
+    its_own = load_tokenizer(checkpoint, directory.tokenizer_trusted)
+    if fingerprint(tokenizer) != fingerprint(its_own):
+        raise Refused(f"--tokenizer_name_or_path {directory.tokenizer_path}: is not the tokenizer of {checkpoint}")
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
 def load_model(
-    args: ModelArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase, resume: str | None = None
+    args: ModelArguments,
+    training: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: ModelDirectory,
+    checkpoint: Path | None = None,
 ) -> PreTrainedModel:
     """The model that is trained, with its adapter and with what stays as it is frozen.
 
@@ -151,41 +110,19 @@ def load_model(
     are partitioned as they are made, because transformers knows the DeepSpeed file from `training`.
 
     Args:
-        resume: an adapter's checkpoint directory whose weights are taken up.
+        checkpoint: of an adapter that is trained on.
     """
     attention = "flash_attention_2" if args.use_flash_attn else None
     if args.use_flash_attn:
         check_flash_attention(training)
-    if args.model_name_or_path is None:
+    options = {"dtype": load_dtype(args, training), "attn_implementation": attention}
+    if directory.path is None:
         from sft.model.from_flags import build_model
 
-        dtype = load_dtype(args, training)
-        model = build_model(args, tokenizer, dtype=dtype, attn_implementation=attention)
+        model = build_model(args, tokenizer, **options)
     else:
         note_ignored_architecture(args)
-        path = args.model_name_or_path
-        options = {"dtype": load_dtype(args, training), "attn_implementation": attention}
-        options |= {"ignore_mismatched_sizes": True}  # they are refused, with their names
-        try:
-            if config := legacy_config(args):
-                from sft.model.remote_code_441 import from_pretrained
-
-                model, info = from_pretrained(path, config, args.model_code, **options)
-            else:
-                options |= {"trust_remote_code": trusts(args)}
-                config = AutoConfig.from_pretrained(path, trust_remote_code=trusts(args))
-                if type(config) in AutoModelForCausalLM._model_mapping:
-                    check_whole(path, AutoModelForCausalLM._model_mapping[type(config)], config)
-                model, info = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
-        except Refused:
-            raise
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-            raise Refused(f"--model_name_or_path {path}: does not load: {first_line(error)}") from error
-        for kind in ("missing", "mismatched"):  # of what check_whole does not know: other code, other files
-            if names := sorted(name if isinstance(name, str) else name[0] for name in info[f"{kind}_keys"]):
-                raise Refused(f"--model_name_or_path {path}: {len(names)} weights are {kind}: {some(names)}")
+        model = load_pretrained(directory, **options)
     if moe_layers(model):
         route_in_fp32(model)
     elif args.router_aux_loss_coef:
@@ -195,7 +132,8 @@ def load_model(
     if args.use_lora:
         from sft.model.lora import add_adapter
 
-        model = add_adapter(model, args, resume)
+        model = add_adapter(model, args, checkpoint)
+        directory.added["base.json"] = record_base(model, directory)
         if args.train_attention_params_only:
             note("--train_attention_params_only has no effect: with --use_lora only the adapter is trained")
     else:
@@ -299,9 +237,11 @@ def takes_supervised_head(model: PreTrainedModel, training: TrainingArguments) -
     else:
         inner = without_adapter(model)
         accepted = inspect.signature(inner.forward).parameters
-        if {"logits_to_keep", "kwargs"} <= set(accepted):
+        takes_mask = hasattr(transformers.modeling_utils, "slice_logits_to_keep")  # not in 5.17
+        if takes_mask and {"logits_to_keep", "kwargs"} <= set(accepted):
             return True
-        why = f"{type(inner).__name__} does not take logits_to_keep"
+        name = type(inner).__name__ if takes_mask else f"transformers {transformers.__version__}"
+        why = f"{name} does not take logits_to_keep"
     choice("logits", "at every position", why)
     return False
 
@@ -310,9 +250,3 @@ def accepts_loss_kwargs(model: PreTrainedModel) -> bool:
     """Whether the model's own loss can be over the whole step: its forward pass takes further arguments."""
     parameters = inspect.signature(without_adapter(model).forward).parameters.values()
     return any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
-
-
-def number_of_parameters(model: PreTrainedModel, trained: bool = False) -> int:
-    """Parameters of the model, or those that are trained; under ZeRO-3 their full size."""
-    parameters = [p for p in model.parameters() if p.requires_grad or not trained]
-    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)

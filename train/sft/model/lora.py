@@ -9,6 +9,7 @@ Refused: a name that no module has, experts with dropout or DoRA, which PEFT can
 
 import warnings
 from collections import Counter
+from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import nn
@@ -77,19 +78,19 @@ def in_short(names: set[str], all_names: set[str]) -> list[str]:
     return sorted(short if {n for n in all_names if n.rpartition(".")[2] in short} == names else names)
 
 
-def add_adapter(model: PreTrainedModel, args, resume: str | None) -> PreTrainedModel:
-    """Freeze the model and put an adapter on it, or take up the one in `resume`."""
+def add_adapter(model: PreTrainedModel, args, checkpoint: Path | None) -> PreTrainedModel:
+    """Freeze the model and put an adapter on it, or take up the one in `checkpoint`."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    if resume is not None:
+    if checkpoint is not None:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "Found missing adapter keys")
-                return PeftModel.from_pretrained(model, resume, is_trainable=True)
+                return PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
         except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
             why = " ".join(str(error).split())[:300]
             raise Refused(
-                f"--resume_from_checkpoint {resume}: adapter_model.safetensors does not load: {why}"
+                f"--resume_from_checkpoint {checkpoint}: adapter_model.safetensors does not load: {why}"
             ) from error
     names, experts = find_targets(model, args.lora_target_modules)
     # a weight by its own name is left alone

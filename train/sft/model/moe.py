@@ -1,5 +1,5 @@
-"""What is done with the routers of a mixture of experts: they multiply in fp32, their balance is a loss
-(`--router_aux_loss_coef`), and how evenly they load the experts is logged."""
+"""The routers of a mixture of experts: they multiply in fp32, their balance can be part of the loss
+(`--router_aux_loss_coef`), and the load of the experts is logged."""
 
 import functools
 from collections.abc import Iterator
@@ -14,16 +14,21 @@ from sft.model.weight_files import is_transformers_own
 
 
 def moe_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{number of the layer: its module with router (`gate`) and `experts`}, of every generation."""
-    layers = {
-        n: module for n, module in model.named_modules() if hasattr(module, "gate") and hasattr(module, "experts")
-    }
-    return {name.rpartition(".layers.")[2].split(".")[0]: module for name, module in layers.items()}
+    """{number of the layer: the module with its router (`gate`) and its `experts`}, in models of every generation."""
+    layers = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "gate") and hasattr(module, "experts"):
+            number = name.rpartition(".layers.")[2].split(".")[0]
+            layers[number] = module
+    return layers
 
 
 def route_in_fp32(model: PreTrainedModel) -> None:
-    """Let routers multiply in fp32 whatever their weight's dtype is: ZeRO casts the weight to half precision, which
-    transformers' hunyuan_v1_moe then multiplies in, and autocast would do so on any class."""
+    """Make routers multiply in fp32, whatever the dtype of their weight is.
+
+    ZeRO casts the weight to half precision, and transformers' hunyuan_v1_moe then multiplies in half precision.
+    Autocast would do so on any class.
+    """
 
     def linear(weight_of: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -45,41 +50,54 @@ class Routers(TrainerCallback):
 
     Args:
         model: with or without adapter.
-        coefficient: of the load-balancing loss; 0: it is not computed.
+        coefficient: weight of the load-balancing loss; with 0 it is not computed.
+        report_load: whether the load of the experts is counted and logged. That costs a collective and a
+            synchronisation with the GPU at each logging step, so only where something shows it (`--report_to`).
     """
 
-    def __init__(self, model: nn.Module, coefficient: float):
-        self.coefficient, self.watching, self.mask = coefficient, False, None
+    def __init__(self, model: nn.Module, coefficient: float, report_load: bool = True):
+        self.coefficient = coefficient
+        self.report_load = report_load
+        self.watching = False
+        self.mask: torch.Tensor | None = None
         self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # with a coefficient: each layer's logits and choice
-        self.counts: dict[str, torch.Tensor] = {}  # of each layer: real tokens sent to each expert since the last log
+        self.counts: dict[str, torch.Tensor] = {}  # {layer: real tokens sent to each expert since the last log}
         self.losses: list[torch.Tensor] = []  # since the last log
         for number, layer in moe_layers(model).items():
             if is_transformers_own(layer):
-                layer.gate.register_forward_hook(
-                    lambda gate, args, output, number=number: self.see(number, output[0], output[2])
-                )
-            else:  # a directory's own code: before what is over an expert's capacity is dropped
-                k = first_of(getattr(model.config, "moe_topk", 1))
-                layer.gate.wg.register_forward_hook(
-                    lambda wg, args, logits, number=number, k=k: self.see(number, logits, logits.topk(k).indices)
-                )
+                layer.gate.register_forward_hook(functools.partial(self.see_gate, number))
+            else:  # a directory's own code: its gate drops what is over an expert's capacity, so look before that
+                top_k = first_of(getattr(model.config, "moe_topk", 1))
+                layer.gate.wg.register_forward_hook(functools.partial(self.see_linear, number, top_k))
+
+    def see_gate(self, number: str, gate: nn.Module, args: tuple, output: tuple) -> None:
+        """Forward hook on a router that returns logits, weights and chosen experts."""
+        self.see(number, output[0], output[2])
+
+    def see_linear(self, number: str, top_k: int, linear: nn.Module, args: tuple, logits: torch.Tensor) -> None:
+        """Forward hook on a linear layer whose `top_k` largest outputs are the chosen experts."""
+        self.see(number, logits, logits.topk(top_k).indices)
 
     def see(self, number: str, logits: torch.Tensor, chosen: torch.Tensor) -> None:
-        """A router's logits (tokens, experts) and the experts that it chose (tokens, k)."""
-        if self.watching:
+        """Take up a router's logits (tokens, experts) and the experts that it chose (tokens, k)."""
+        if not self.watching:
+            return
+        if self.report_load:
             counts = tokens_per_expert(logits, chosen, self.real(logits))
             self.counts[number] = self.counts[number] + counts if number in self.counts else counts
-            if self.coefficient:
-                self.seen.append((logits, chosen))
+        if self.coefficient:
+            self.seen.append((logits, chosen))
 
     @contextmanager
     def watch(self, attention_mask: torch.Tensor | None) -> Iterator[None]:
-        """See the routers of one forward pass; not again when checkpointing repeats it.
+        """See the routers of one forward pass, but not when activation checkpointing repeats it.
 
         Args:
-            attention_mask: (batch, length), 0 where there is padding; None: there is none.
+            attention_mask: (batch, length), 0 where there is padding; None where there is none.
         """
-        self.seen, self.watching, self.mask = [], True, attention_mask
+        self.seen = []
+        self.mask = attention_mask
+        self.watching = True
         try:
             yield
         finally:
@@ -97,26 +115,35 @@ class Routers(TrainerCallback):
         return self.coefficient * value
 
     def mean_loss(self) -> float:
-        """The load-balancing loss since the last log, all ranks' and micro-batches' mean. All ranks must call."""
+        """The load-balancing loss since the last log, the mean over micro-batches and ranks. All ranks must call."""
         mean = reduce(torch.stack(self.losses).mean(), reduction="mean")
         self.losses = []
         return mean.item()
 
+    def expert_load(self) -> dict[str, torch.Tensor]:
+        """{layer: (experts,) share of the real tokens since the last log}, of all ranks together and on the CPU; one
+        collective for all layers. All ranks must call."""
+        if not self.counts:
+            return {}
+        sizes = [len(counts) for counts in self.counts.values()]
+        total = reduce(torch.cat(list(self.counts.values()))).double().cpu()
+        load = {number: part / part.sum() for number, part in zip(self.counts, total.split(sizes))}
+        self.counts = {}
+        return load
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Give the load of each layer to those that report (TensorBoard); the log's own history stays small."""
+        """Add the load of each layer to what TensorBoard and the like show. `log_history` does not get it and stays
+        small."""
         if "loss" not in (logs or {}):
             return
-        for number, counts in self.counts.items():
-            share = reduce(counts).double().cpu()
-            share /= share.sum()
+        for number, share in self.expert_load().items():
             logs[f"expert_load/layer_{number}/least"] = share.min().item()
             logs[f"expert_load/layer_{number}/most"] = share.max().item()
             logs[f"expert_load/layer_{number}/entropy"] = torch.special.entr(share).sum().item()
-        self.counts = {}
 
 
 def first_of(value: int | list[int]) -> int:
-    """A setting of A13B's configuration may be a list with one entry a layer, all alike."""
+    """The value itself. In A13B's configuration some settings are lists with one entry a layer, all alike."""
     return value[0] if isinstance(value, list) else value
 
 
@@ -127,11 +154,12 @@ def tokens_per_expert(logits: torch.Tensor, chosen: torch.Tensor, real: torch.Te
 
 
 def load_balancing_loss(seen: list[tuple[torch.Tensor, torch.Tensor]], real: torch.Tensor) -> torch.Tensor:
-    """E · Σ f_e · P_e over the E experts, equations (4) to (6) of Switch Transformer (Fedus et al. 2021) for k experts
-    a token: f_e is the share of real tokens sent to expert e (they add up to k), P_e the mean of the softmax of the
-    router's logits, both over the tokens of all layers, as transformers computes it for its own classes. k when even.
+    """E · Σ f_e · P_e over the E experts: equations (4) to (6) of Switch Transformer (Fedus et al. 2021), for k
+    experts a token. It is k when the load is even.
 
-    f comes from the experts that were really chosen: Hy3 adds a correction to its scores before it chooses.
+    f_e is the share of real tokens that were sent to expert e (the shares add up to k). P_e is the mean of the softmax
+    of the router's logits. Both are over the tokens of all layers, as transformers computes it for its own classes.
+    f_e counts the experts that were really chosen, because Hy3 adds a correction to its scores before it chooses.
 
     Args:
         seen: for each layer its logits (tokens, experts) and its chosen experts (tokens, k).

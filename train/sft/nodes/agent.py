@@ -1,26 +1,20 @@
-"""One node's share of a job: examine the machine, start its ranks, watch them, end them.
+"""One node of a job: run its ranks under torch's elastic agent, end them.
 
-launch.py starts this on the chief and, over ssh, on every other node; nobody runs it by hand. The other nodes get this
-very text through the connection, so that what examines a node is never the node's own, perhaps older, copy. Standard
-library, and psutil where it is there.
+launch.py calls `run` itself where the job has one machine. Of several, each gets the chief's text of this file and of
+examine.py over its connection, so that its own, perhaps older, copy decides nothing. Besides these two: the standard
+library, psutil and torch.
 
-Both sides write one JSON object a line. From the launcher: examine, look, start, signal, end, beat; to it: examined,
-seen, output, ended, late, done, beat. No value is ever part of a command line that a shell reads. When the launcher is
-silent for SILENCE_SECONDS, or its end of the connection closes, the ranks end. A refused job leaves no file and no
-directory that was made here.
+On stdin come the orders, a JSON object a line: examine and look, which are answered on stdout; start; signal; refused;
+and {} every few seconds. What the ranks print goes to stdout, at last what has failed to stderr. When the launcher
+closes stdin, or is silent for SILENCE_SECONDS, the ranks end. A refused job leaves nothing that was made here.
 """
 
-import codecs
-import collections
 import contextlib
-import ctypes
-import glob
-import hashlib
-import importlib.metadata
 import json
+import logging
 import os
 import queue
-import re
+import select
 import shutil
 import signal
 import socket
@@ -28,375 +22,267 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from typing import Any
 
-BEAT_SECONDS = 2
-SILENCE_SECONDS = 30  # without a beat: the other side, or the network to it, is gone
+from sft.nodes.examine import examine
+
+with contextlib.suppress(ImportError):  # a node without it is still examined
+    import psutil
+
+SILENCE_SECONDS = 30  # the launcher, or the network to it, is gone
 KILL_SECONDS = 10  # from SIGTERM to SIGKILL
-GPU_SECONDS = 60  # for nvidia-smi: eight GPUs without persistence mode take more than 11
-GPU_DEVICES = "/dev/nvidia[0-9]*"
-PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "psutil")
-LIBC = ctypes.CDLL(None)
-STATES = {"T": "stopped (SIGSTOP)", "t": "stopped by a debugger", "D": "waiting for a disk", "Z": "a zombie"}
+STATES = {"stopped": "stopped (SIGSTOP)", "disk-sleep": "waiting for a disk"}
+
+# A rank ends with the agent, however that ends, and one process alone is no distributed job.
+RANK = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+if os.environ["WORLD_SIZE"] == "1":
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
+                 "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"):
+        del os.environ[name]
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
 
 
-def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Ask Linux to send this process a signal when the one that started it is gone, however it went."""
-    LIBC.prctl(1, number)  # PR_SET_PDEATHSIG
-
-
-# ---------------------------------------------------------------------------------------------------- examine
-
-
-def number_of_gpus(env: dict[str, str]) -> int | None:
-    """The NVIDIA GPUs that processes with this environment see. None where that is unknown: nvidia-smi takes too long,
-    or it fails or is missing although there are devices."""
-    chosen, lines = env.get("CUDA_VISIBLE_DEVICES"), ""
-    named = [name for name in (chosen or "").split(",") if name.strip() and name.strip() != "-1"]
-    if chosen is not None and not named:
-        return 0
+def call_torch(job: dict, failed: list) -> None:
+    """Run the ranks under torch's elastic agent. It returns when they have ended, where all went well on all nodes.
+    `failed` gets rank, exit code (-n: signal n) and a reason, or nothing where none failed."""
+    logging.disable(logging.CRITICAL)  # torch's own words: ours are below
+    socket.getfqdn = own_name
+    host, port = job["master"]
     try:
-        with contextlib.suppress(OSError):  # there is none
-            lines = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=GPU_SECONDS).stdout
-    except subprocess.TimeoutExpired:
-        return None
-    number = sum(line.startswith("GPU") for line in lines.splitlines())
-    if number == 0 and glob.glob(GPU_DEVICES):
-        return None
-    return number if chosen is None else min(number, len(named))
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-
-def sizes(path: str) -> dict[str, int] | None:
-    """{file: bytes} of a file, of a glob's files or of a directory's top; None where there is nothing."""
-    if os.path.isdir(path):
-        files = [entry.path for entry in os.scandir(path) if entry.is_file() and not entry.name.startswith(".")]
-        return {os.path.basename(file): os.path.getsize(file) for file in files}
-    return {file: os.path.getsize(file) for file in sorted(glob.glob(path) or [path]) if os.path.exists(file)} or None
-
-
-def code(directory: str) -> dict[str, str]:
-    """{file: hash} of the scripts and DeepSpeed files of a directory, its packages included."""
-    found = {}
-    for folder, folders, files in os.walk(directory):
-        folders[:] = sorted(name for name in folders if name not in ("output", "example", "__pycache__"))
-        for file in sorted(file for file in files if file.endswith((".py", ".json"))):
-            with open(os.path.join(folder, file), "rb") as content:
-                name = os.path.relpath(content.name, directory)
-                found[name] = hashlib.sha256(content.read()).hexdigest()
-    return found
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and the packages that have to agree, without importing them."""
-    found: dict[str, str | None] = {"python": ".".join(map(str, sys.version_info[:2]))}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def interface_towards(host: str, port: int) -> str | None:
-    """The network interface from which this machine reaches a host. Nothing is sent."""
-    with contextlib.suppress(OSError, ImportError):
-        import psutil  # a node without it is still examined
-
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as s:
-            s.connect(address)
-            own = s.getsockname()[0].partition("%")[0]
-        for name, addresses in psutil.net_if_addrs().items():
-            if any(address.address.partition("%")[0] == own for address in addresses):
-                return name
-    return None
-
-
-def reach(host: str, port: int) -> str | None:
-    """What stands in the way of a connection, or None."""
-    try:
-        socket.create_connection((host, port), timeout=5).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
-def writable(directory: str, marker: str, made: list[str]) -> str | None:
-    """Make a directory and put a file there; what stands in the way, or None. `made` gets the new directories, the
-    innermost first."""
-    try:
-        path = Path(directory).absolute()
-        made += [str(new) for new in (path, *path.parents) if not os.path.lexists(new)]
-        path.mkdir(parents=True, exist_ok=True)
-        with open(os.path.join(directory, marker), "w") as file:
-            file.write("x" * 4096)
-    except OSError as error:
-        return error.strerror
-    return None
-
-
-def examine(wanted: dict, made: list[str]) -> dict:
-    """What the launcher compares between the nodes, seen with the variables of the ranks; `made` as in writable."""
-    os.environ.update(wanted["env"])
-    sys.path += wanted["env"].get("PYTHONPATH", "").split(":")
-    there = os.path.isdir(wanted["cwd"])
-    if there:
-        os.chdir(wanted["cwd"])
-    shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
-    return {
-        "cwd": there,
-        "output": writable(wanted["output"], wanted["marker"], made) if there and wanted["output"] else None,
-        "code": code(wanted["code"]),
-        "versions": versions(),
-        "paths": {path: sizes(path) for path in wanted["paths"]},
-        "lacks": [file for file in wanted["resumed"] if not os.path.isfile(file)],
-        "gpus": number_of_gpus(dict(os.environ)),
-        "shm": shm,
-        "interface": wanted["interface"] or interface_towards(*wanted["towards"]),
-        "interfaces": [name for _, name in socket.if_nameindex()],
-        "reach": reach(*wanted["reach"]) if wanted["reach"] else None,
-    }
-
-
-# ------------------------------------------------------------------------------------------------------- run
-
-
-class Rank:
-    """One process of the training, in a session of its own: a signal reaches it once, through us, and its workers end
-    with it."""
-
-    def __init__(self, number: int, command: list[str], env: dict[str, str], output):
-        self.number, self.ended, self.last_words = number, False, collections.deque(maxlen=200)
-        self.process = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
+        config = LaunchConfig(
+            min_nodes=job["nodes"],
+            max_nodes=job["nodes"],
+            nproc_per_node=job["slots"],
+            run_id="job",
+            rdzv_backend="static",
+            rdzv_endpoint=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            rdzv_configs={"rank": job["number"]},
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # no files: the ranks write where we do
         )
-        self.relay = threading.Thread(target=self.read, args=(output,), daemon=True)
-        self.relay.start()
+        command = ["-ISc", RANK, str(os.getpid()), *job["command"]]
+        command = [word.replace("$", "$$") for word in command]  # torch fills ${local_rank} in
+        elastic_launch(config, sys.executable)(*command)
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        rank = first_failure(codes)
+        failed.append((rank, codes[rank], full_disk(job["output"])))
+    except Exception as error:  # of torch's agent itself
+        failed.append((job["first_rank"], 1, f": {type(error).__name__}: {error}"))
 
-    def read(self, output) -> None:
-        """Relay what it prints: rank 0's at once, its progress bar too, the others' in whole lines."""
-        decoder, line = codecs.getincrementaldecoder("utf-8")("replace"), ""
-        while chunk := os.read(self.process.stdout.fileno(), 1 << 16):
-            text = decoder.decode(chunk)
-            *whole, rest = re.split(r"(?<=[\r\n])", line + text)
-            self.last_words.extend(part.strip() for part in whole)
-            if self.number == 0 or whole:
-                output(text if self.number == 0 else "".join(whole))
-            line = rest
-        if line:
-            self.last_words.append(line)
-            output("\n" if self.number == 0 else line + "\n")
+
+def own_name(name: str = "") -> str:
+    """The name as it is, in place of socket.getfqdn: torch 2.13's agent calls it at each event, which takes seconds
+    where no name server answers. Goes with the release that does not."""
+    return name
+
+
+def first_failure(codes: dict[int, int]) -> int:
+    """Of {rank: exit code}, in the order in which they ended, the rank to name. One that ends with 1 may have lost its
+    peer, and torch ends the others by SIGTERM."""
+    weights = {-signal.SIGTERM: 0, 1: 1}
+    return max(codes, key=lambda rank: weights.get(codes[rank], 2))
+
+
+def full_disk(directory: str | None) -> str:
+    """Words on an output directory without room: libraries have others for it."""
+    with contextlib.suppress(OSError):
+        if directory and shutil.disk_usage(directory).free < 1 << 16:
+            return f" (no space left in {directory} there)"
+    return ""
+
+
+class Ranks:
+    """The processes that torch's agent starts."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.found: list = []
+
+    def alive(self) -> list:
+        """Those that have not ended."""
+        if len(self.found) < self.number:  # not all are started yet
+            with contextlib.suppress(psutil.Error):
+                self.found = [child for child in psutil.Process().children() if child.name() != "tee"]
+        return [rank for rank in self.found if rank.is_running()]
 
     def send(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, number)
+        for rank in self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, number)
 
-    def poll(self) -> bool:
-        """Whether it has just ended. What it started is killed before its number can be another process's."""
-        if self.ended or os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            return False
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.relay.join(timeout=2)
-        self.ended = True
-        return True
-
-    def reason(self) -> str:
-        """The last line of its output that names an error, or nothing."""
-        lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in self.last_words]  # torch puts it there
-        errors = [line for line in lines if re.match(r"([\w.]+\.)?\w*(Error|Exception)\b", line)]
-        return errors[-1][:300] if errors else ""
-
-    def state(self) -> str:
-        """What Linux says of a process that does not end."""
-        with contextlib.suppress(OSError), open(f"/proc/{self.process.pid}/stat") as file:
-            return STATES.get(file.read().rpartition(")")[2].split()[0], "running")
-        return "gone"
+    def sweep(self) -> None:
+        """Kill what they have started: each leads a process group."""
+        for rank in self.found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(rank.pid, signal.SIGKILL)
 
 
-class Node:
-    """The conversation with the launcher, and the ranks."""
+def run(job: dict, orders: queue.SimpleQueue) -> tuple[int, str]:
+    """Run the ranks of one node to their end. Returns the exit code of the first that failed, and what failed.
+
+    Args:
+        job: command (without the interpreter), world_size, nodes (how many), master [host, port], output (a directory,
+            or None), and of this node: number, host, slots, first_rank.
+        orders: {"signal": number} for every rank, {"end": True}. A second signal is an end, too, if it comes later
+            than what signals every process of a container at once.
+    """
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the ranks inherit what we have
+    os.environ["PYTHONIOENCODING"] = "utf-8"
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    if job["world_size"] > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job["slots"])))
+    failed: list[tuple] = []
+    torch_agent = threading.Thread(target=call_torch, args=(job, failed), daemon=True)
+    torch_agent.start()
+    ranks, signalled_at, kill_at = Ranks(job["slots"]), 0.0, 0.0
+    while torch_agent.is_alive():
+        order = {}
+        with contextlib.suppress(queue.Empty):
+            order = orders.get(timeout=0.1)
+        now, alive = time.monotonic(), ranks.alive()
+        if "signal" in order and not signalled_at:
+            signalled_at = now
+            ranks.send(order["signal"])
+            if not alive:  # none is started yet
+                failed.append((job["first_rank"], -order["signal"], ""))
+                break
+        elif "end" in order or "signal" in order and now - signalled_at > 2:
+            ranks.send(signal.SIGTERM)
+            kill_at = kill_at or now + KILL_SECONDS
+        if kill_at and not alive:
+            torch_agent.join(timeout=2)  # longer where it waits for other nodes
+            break
+        if kill_at and now > kill_at:
+            for rank in alive:
+                with contextlib.suppress(psutil.Error):
+                    state = STATES.get(rank.status(), rank.status())
+                    name = f"rank {job['first_rank'] + ranks.found.index(rank)} on {job['host']}"
+                    os.write(1, f"{name} did not end by itself: {state}\n".encode())
+            ranks.send(signal.SIGKILL)
+            kill_at = now + KILL_SECONDS
+    ranks.sweep()
+    if not failed:
+        return 0, ""
+    rank, code, reason = failed[0]
+    what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code == -signal.SIGKILL and not kill_at:
+        what += " (out of memory? see dmesg there)"
+    return 128 - code if code < 0 else code, f"rank {rank} on {job['host']}: {what}{reason}"
+
+
+# ------------------------------------------------------------------------------------------ one of several nodes
+
+
+class Agent:
+    """The conversation with the launcher, and what has to go after a refusal."""
 
     def __init__(self):
-        self.inbox, self.outbox = queue.Queue(), queue.Queue()
-        self.ranks, self.log, self.marker = [], None, None
-        self.made, self.refused = [], False  # what goes after a refusal; whether the launcher says that it is one
-        self.heard = time.monotonic()
-        self.deadlines = []  # (when, signal) still to come for the ranks that are left
+        self.orders: queue.SimpleQueue = queue.SimpleQueue()
+        self.stdin, self.stderr, self.session = os.dup(0), os.dup(2), os.getppid()
+        os.dup2(1, 2)  # the ranks inherit it
+        self.refused, self.gone = False, False
+        self.made: list[str] = []
+        self.marker: str | None = None
 
-    def receive(self) -> None:
-        for line in sys.stdin.buffer:
-            self.inbox.put(json.loads(line))
-        self.inbox.put(None)
+    def listen(self) -> None:
+        """Until the launcher closes its end or is silent: then the ranks end, and at last this process."""
+        rest = b""
+        while ready := select.select([self.stdin], [], [], SILENCE_SECONDS)[0]:
+            chunk = os.read(self.stdin, 1 << 16)
+            if not chunk:
+                break
+            *lines, rest = (rest + chunk).split(b"\n")
+            for order in map(json.loads, lines):
+                self.refused |= "refused" in order
+                self.orders.put(order)
+        self.gone = not ready
+        self.orders.put({"end": True})
+        time.sleep(2 * KILL_SECONDS)
+        self.leave(1)
 
-    def transmit(self) -> None:
-        """Until a None. A login shell may have printed something: the first message begins a line."""
-        with contextlib.suppress(OSError):
-            sys.stdout.buffer.write(b"\n")
-            while (message := self.outbox.get()) is not None:
-                sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
-                sys.stdout.buffer.flush()
-
-    def output(self, text: str) -> None:
-        """A rank's text: to this node's log, and to the launcher. Waits where that does not keep up."""
-        while self.outbox.qsize() > 1000:
-            time.sleep(0.05)
-        log = self.log
-        if log is not None:
-            try:
-                log.write(text)
-                log.flush()
-            except (OSError, ValueError):  # a full disk, or closed: the output must not be lost with it
-                self.log = None
-        self.outbox.put({"output": text})
-
-    def start(self, job: dict) -> None:
-        """Start this node's ranks.
-
-        Args:
-            job: log (a file, or None), slots, first_rank, world_size, node (its number), master [host, port], command
-                (without the interpreter), env (variables added to this process's own).
-        """
-        if job["log"]:
-            log = os.path.abspath(job["log"])
-            self.made[:0] = [] if os.path.lexists(log) else [log]
-            with contextlib.suppress(OSError):
-                self.log = open(log, "a", encoding="utf-8")  # noqa: SIM115
-        slots = job["slots"]
-        env = {"PYTHONUNBUFFERED": "1", **os.environ, **job["env"], "PYTHONIOENCODING": "utf-8"}
-        for local in range(slots):
-            own, rank = {}, job["first_rank"] + local
-            if job["world_size"] > 1:
-                own = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": job["world_size"], "LOCAL_WORLD_SIZE": slots}
-                own |= {"GROUP_RANK": job["node"], "MASTER_ADDR": job["master"][0], "MASTER_PORT": job["master"][1]}
-                env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // slots)))
-            own = {name: str(value) for name, value in own.items()}
-            self.ranks.append(Rank(rank, [sys.executable, *job["command"]], env | own, self.output))
-
-    def end(self, grace: float) -> None:
-        """Let the ranks end by themselves for `grace` seconds, then ask them, then make them."""
-        asked = time.monotonic() + grace
-        self.deadlines = self.deadlines or [(asked, signal.SIGTERM), (asked + KILL_SECONDS, signal.SIGKILL)]
-
-    def handle(self, message: dict) -> None:
-        """One message of the launcher."""
-        if "examine" in message:
-            self.marker = (message["examine"]["output"], message["examine"]["marker"])
-            threading.Thread(target=self.examine, args=(message["examine"],), daemon=True).start()
-        elif "look" in message:
-            output = self.marker[0]
-            seen = [name for name in message["look"] if os.path.exists(os.path.join(output, name))]
-            self.outbox.put({"seen": {"seen": seen}})
-        elif "start" in message:
-            self.tidy()
-            self.start(message["start"])
-        elif "signal" in message:
-            for rank in self.left():
-                rank.send(message["signal"])
-        elif "end" in message:
-            self.refused = message["refused"]
-            self.end(message["end"])
-
-    def examine(self, wanted: dict) -> None:
-        """Answer the launcher, from a thread: nvidia-smi may take a minute, and the beat goes on. What cannot be
-        examined becomes the answer {"error": …}."""
+    def answer(self, order: dict) -> dict:
+        if "look" in order:
+            return {"seen": sum(map(os.path.exists, order["look"]))}
+        self.marker = order["examine"]["marker"]
         try:
-            self.outbox.put({"examined": examine(wanted, self.made)})
-        except Exception as error:  # told by the launcher, whatever it is
-            self.outbox.put({"examined": {"error": f"{type(error).__name__}: {error}"}})
+            return examine(order["examine"], self.made)
+        except Exception as error:  # the launcher reports it, whatever it is
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def start(self, job: dict) -> int:
+        """Run the ranks; what they print goes to this node's log, too. Returns the exit code."""
+        self.tidy()
+        os.environ.update(job["env"])
+        made, self.made = self.made, []
+        if job["log"]:
+            made[:0] = [] if os.path.lexists(job["log"]) else [os.path.abspath(job["log"])]
+            tee: Any = subprocess.Popen(["tee", "-a", job["log"]], stdin=subprocess.PIPE, start_new_session=True)
+            os.dup2(tee.stdin.fileno(), 1)
+            os.dup2(1, 2)
+            tee.stdin.close()
+        code, failure = run(job, self.orders)
+        if not self.gone:
+            os.write(self.stderr, json.dumps({"failure": failure}).encode() + b"\n")
+        if code == 2 or self.refused and code in (128 + signal.SIGTERM, 128 + signal.SIGKILL):
+            self.made = made
+        if job["log"]:
+            os.dup2(0, 1)
+            os.dup2(0, 2)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                tee.wait(timeout=5)  # it has the log open
+        return code
 
     def tidy(self) -> None:
-        """Take the marker away that `examine` put down."""
-        if self.marker and self.marker[0]:
+        """Take the marker away that `examine` wrote."""
+        if self.marker:
             with contextlib.suppress(OSError):
-                os.remove(os.path.join(*self.marker))
+                os.remove(self.marker)
 
-    def leave_nothing(self) -> None:
-        """After a refusal take away what was made here. It is one where no rank was started, where all ranks say so,
-        or where another node's do, which ended these."""
-        codes = {rank.process.returncode for rank in self.ranks}
-        if not codes <= ({2, -signal.SIGTERM, -signal.SIGKILL} if self.refused else {2}):
-            return
-        if self.log:
-            self.log.close()  # NFS keeps an open file under another name
+    def leave(self, code: int) -> None:
+        """End this process. What is left in `made` was made for a job that was refused."""
+        self.tidy()
         for path in self.made:
             with contextlib.suppress(OSError):  # not empty: another's files
-                (os.remove if self.log and path == self.log.name else os.rmdir)(path)
-
-    def full_disk(self) -> str:
-        """Words on an output directory without room: libraries have others for it."""
-        with contextlib.suppress(OSError, TypeError):
-            if shutil.disk_usage(self.marker[0]).free < 1 << 16:
-                return f" (no space left in {self.marker[0]} there)"
-        return ""
-
-    def left(self) -> list[Rank]:
-        return [rank for rank in self.ranks if not rank.ended]
-
-    def run(self) -> bool:
-        """Until the ranks have ended. Returns whether they were ended because the launcher is gone."""
-        threading.Thread(target=self.receive, daemon=True).start()
-        transmitter = threading.Thread(target=self.transmit, daemon=True)
-        transmitter.start()
-        gone, beat = False, 0.0
-        while True:
-            with contextlib.suppress(queue.Empty):
-                message = self.inbox.get(timeout=0.1)
-                self.heard = time.monotonic()
-                if message is None:
-                    gone = True
-                else:
-                    self.handle(message)
-            now = time.monotonic()
-            gone = gone or now - self.heard > SILENCE_SECONDS
-            if gone:
-                self.end(0)
-            if now - beat > BEAT_SECONDS:
-                beat = now
-                self.outbox.put({"beat": True})
-            for rank in self.left():
-                if rank.poll():
-                    self.outbox.put(
-                        {"ended": [rank.number, rank.process.returncode, rank.reason() + self.full_disk()]}
-                    )
-            while self.deadlines and now > self.deadlines[0][0]:
-                number = self.deadlines.pop(0)[1]
-                for rank in self.left():
-                    self.outbox.put({"late": [rank.number, rank.state()]})
-                    rank.send(number)
-            if (self.ranks or gone) and not self.left():
-                break
-        self.tidy()
-        self.leave_nothing()
-        self.outbox.put({"done": True})
-        self.outbox.put(None)
-        transmitter.join(timeout=1 if gone else SILENCE_SECONDS)
-        return gone
+                os.remove(path) if os.path.isfile(path) else os.rmdir(path)
+        if self.gone:  # over a dead network the ssh session would stay for a quarter of an hour
+            with contextlib.suppress(psutil.Error):
+                hang_up(self.session)
+        os._exit(code)  # torch's thread may still wait
 
 
 def hang_up(session: int) -> None:
-    """End the ssh session that this ran in: over a dead network it would stay for a quarter of an hour. Where it is
-    gone already, our parent is another process, in a container the very sshd that listens."""
-    with contextlib.suppress(OSError), open(f"/proc/{session}/comm") as file:
-        if os.getppid() == session and file.read().startswith("sshd"):
-            os.kill(session, signal.SIGTERM)
+    """End the ssh session that this ran in. Where it is gone already, our parent is another process, in a container
+    the very sshd that listens."""
+    parent = psutil.Process().parent()
+    if parent and parent.pid == session and parent.name().startswith("sshd"):
+        parent.terminate()
 
 
 def main() -> None:
-    node, session = Node(), os.getppid()
+    agent, code = Agent(), 0
     for number in (signal.SIGINT, signal.SIGHUP):  # what is meant for the ranks comes from the launcher
         signal.signal(number, lambda number, frame: None)  # not SIG_IGN, which the ranks would inherit
-    signal.signal(signal.SIGTERM, lambda number, frame: node.end(0))
-    if node.run():
-        hang_up(session)
-    os._exit(0)  # past a transmitter that a dead network blocks
+    signal.signal(signal.SIGTERM, lambda number, frame: agent.orders.put({"end": True}))
+    threading.Thread(target=agent.listen, daemon=True).start()
+    while "end" not in (order := agent.orders.get()):
+        if "start" in order:
+            code = agent.start(order["start"])
+            break
+        if "examine" in order or "look" in order:  # a login shell may have begun a line
+            os.write(1, b"\n" + json.dumps(agent.answer(order)).encode() + b"\n")
+    agent.leave(code)
 
 
 if __name__ == "__main__":

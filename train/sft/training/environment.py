@@ -163,7 +163,7 @@ def exit_all_ranks(code: int) -> NoReturn:
     would turn any exit code into a failure. Goes with the release that does not.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        if code == 0:
+        if code in (0, 3):  # all ranks come here, and the launcher ends the others with the first that fails
             torch.distributed.barrier()
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -10,11 +10,13 @@ from sft.messages import Refused
 
 
 class Probe(TrainerCallback):
-    """Let the model answer known prompts before and after training, and score the answers.
+    """Lets the model answer known prompts before and after training, and scores the answers.
 
-    Each row of the file is a conversation whose last message is the expected reply; an answer is right if the text in
-    `<answer>` equals the expected one's. Greedy, all rows in one batch, on every rank alike (under ZeRO-3 all must
-    take part).
+    Each row of the file is a conversation whose last message is the expected reply. An answer is right if its text in
+    `<answer>` equals the expected one. Decoding is greedy, all rows in one batch. Every rank does the same, because
+    under ZeRO-3 all must take part.
+
+    Refused: a file that is empty or holds anything else.
     """
 
     def __init__(self, file: str, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 128):
@@ -29,12 +31,14 @@ class Probe(TrainerCallback):
             raise Refused(f"--probe_file {file}: not a jsonl of conversations ({type(error).__name__})") from error
         if not rows:
             raise Refused(f"--probe_file {file}: is empty")
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        width = max(map(len, prompts))
+        width = max(map(len, prompts))  # padded on the left, as generate wants it
         self.prompts = torch.tensor([[self.pad] * (width - len(p)) + p for p in prompts])
         self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        self.before = self.after = None
+        self.before: list[str] = []
+        self.after: list[str] = []
 
     @torch.no_grad()
     def answers(self, model: torch.nn.Module, device: torch.device) -> list[str]:
@@ -60,7 +64,7 @@ class Probe(TrainerCallback):
         self.after = self.answers(model, args.device)
 
     def results(self) -> dict[str, int]:
-        """The figures for train_results.json: prompts, and how many were answered exactly before and after."""
+        """The figures for train_results.json: the number of prompts, and of right answers before and after."""
 
         def correct(answers: list[str]) -> int:
             return sum(a == e for a, e in zip(answers, self.expected))
@@ -76,8 +80,10 @@ class Probe(TrainerCallback):
         score = self.results()
         step = max(1, len(self.expected) // number)
         for i in range(0, step * number, step):
-            before, after = (" ".join(answers[i].split())[:30] for answers in (self.before, self.after))
-            print(f"  {self.questions[i]}\n    before: {before or '(nothing)'}\n    after:  {after or '(nothing)'}")
+            print(f"  {self.questions[i]}")
+            for when, answers in (("before:", self.before), ("after: ", self.after)):
+                start = " ".join(answers[i].split())[:30]
+                print(f"    {when} {start or '(nothing)'}")
         print(
             f"Prompts that are not among the rows, answered exactly: {score['example_correct_before']} of "
             f"{score['example_prompts']} before training, {score['example_correct_after']} after",

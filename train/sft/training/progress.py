@@ -1,4 +1,5 @@
-"""What happens beside the steps: the progress line, the count of tokens and seconds, the stop at a non-finite loss."""
+"""Progress and throughput: the line of each logging step, the count of tokens and seconds, the stop at a non-finite
+loss."""
 
 import math
 import os
@@ -6,13 +7,19 @@ import re
 import resource
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from transformers import TrainerCallback
+from tqdm import tqdm
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from sft.data.examples import IGNORE_INDEX
+from sft.model.files import write_json
 from sft.model.moe import first_of
+from sft.training.probe import Probe
 
 # dense bf16 FLOP/s of one device, by a part of its name (the makers' data sheets)
 PEAK_FLOPS = {
@@ -28,28 +35,21 @@ EXIT_NON_FINITE = 3
 
 
 class ProgressLine(ProgressCallback):
-    """The Trainer's progress bar (none with --disable_tqdm), and one line a logging step with step and loss in
-    full."""
+    """The Trainer's progress bar (none with `--disable_tqdm`), and at each logging step a line with step and loss."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not args.disable_tqdm:
-            super().on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm)
+        self.current_step = 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         kinds = [kind for kind in ("loss", "eval_loss") if kind in (logs or {})]
         if not state.is_world_process_zero or not kinds:
             return
-        parts = [f"step {state.global_step}/{state.max_steps}"] + [f"{kind} {logs[kind]:.6f}" for kind in kinds]
+        parts = [f"step {state.global_step}/{state.max_steps}"]
+        parts += [f"{kind} {logs[kind]:.6f}" for kind in kinds]
         parts += [f"{key} {logs[key]:.4g}" for key in ("grad_norm", "learning_rate", "epoch") if key in logs]
-        (self.training_bar.write if self.training_bar is not None else print)("  ".join(parts))
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
+        tqdm.write("  ".join(parts))  # above the bar, where there is one
 
 
 def stop_if_not_finite(loss: float, step: int) -> None:
@@ -61,7 +61,7 @@ def stop_if_not_finite(loss: float, step: int) -> None:
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Look at each loss that is logged; what is not yet logged is looked at before it is saved (trainer.py)."""
+    """Checks each loss that is logged. Before a checkpoint the Trainer (trainer.py) checks those not yet logged."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in (logs or {}):
@@ -69,30 +69,33 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class Meter(TrainerCallback):
-    """Tokens and seconds of the steps, padding, evaluation and saving left out."""
+    """Counts the tokens of the steps, and their seconds without evaluation and saving."""
 
-    FIGURES = ("tokens", "supervised_tokens", "padding_share", "tokens_per_second", "mfu", "seconds_to_first_step")
-    FIGURES += ("peak_memory_bytes", "world_size", "global_batch_size", "trainable_params", "total_params")
+    FIGURES = (
+        "tokens", "supervised_tokens", "padding_share", "tokens_per_second", "mfu", "seconds_to_first_step",
+        "peak_memory_bytes", "world_size", "global_batch_size", "trainable_params", "total_params",
+    )  # fmt: skip
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.counts = torch.zeros(3, dtype=torch.int64)  # real tokens, supervised tokens, positions
-        self.first_step_tokens = None
+        self.first_step_tokens: torch.Tensor | None = None
         self.seconds = 0.0  # of all steps but the first
-        self.seconds_to_first_step = None
+        self.seconds_to_first_step: float | None = None
 
     def count(self, batches: list[dict[str, torch.Tensor]]) -> None:
         """Add one optimizer step's batches. `attention_mask` is absent where there is no padding."""
         for batch in batches:
             ids, mask = batch["input_ids"], batch.get("attention_mask")
-            real = ids.new_tensor(ids.numel()) if mask is None else mask.sum()
-            supervised = batch["labels"].ne(-100).sum()
-            self.counts = self.counts.to(ids.device) + torch.stack([real, supervised, ids.new_tensor(ids.numel())])
+            positions = ids.new_tensor(ids.numel())
+            real = positions if mask is None else mask.sum()
+            supervised = batch["labels"].ne(IGNORE_INDEX).sum()
+            self.counts = self.counts.to(ids.device) + torch.stack([real, supervised, positions])
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.mark = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Add the seconds since the mark; the first step, which warms up, only gives the time until it was made."""
+        """Add the seconds since the mark. The first step warms up: only the time until its end is kept."""
         if self.first_step_tokens is None:
             if args.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -103,19 +106,19 @@ class Meter(TrainerCallback):
         self.mark = time.perf_counter()
 
     def skip(self, args, state, control, **kwargs):
-        """What came since the last step is not training."""
+        """Set the mark anew: what came since the last step is not training."""
         self.mark = time.perf_counter()
 
     on_save = on_evaluate = skip
 
     def results(self, trainer) -> dict[str, int | float | None]:
         """The figures for train_results.json, all ranks together. All ranks must call."""
-        first = torch.zeros(1, dtype=torch.int64) if self.first_step_tokens is None else self.first_step_tokens[None]
-        memory = torch.tensor([peak_memory_bytes(trainer.args.device)])
-        mine = torch.cat([part.to(trainer.args.device) for part in (self.counts, first, memory)])
-        ranks = trainer.accelerator.gather(mine[None]).cpu()
-        tokens, supervised, positions, first = ranks[:, :4].sum(0).tolist()
-        rate = (tokens - first) / self.seconds if self.seconds else None
+        device = trainer.args.device
+        first_step_tokens = 0 if self.first_step_tokens is None else self.first_step_tokens.item()
+        this_rank = [*self.counts.tolist(), first_step_tokens, peak_memory_bytes(device)]
+        ranks = trainer.accelerator.gather(torch.tensor([this_rank], device=device)).cpu()
+        tokens, supervised, positions, first_step_tokens = ranks[:, :4].sum(0).tolist()
+        rate = (tokens - first_step_tokens) / self.seconds if self.seconds else None
         return {
             "tokens": tokens,
             "supervised_tokens": supervised,
@@ -129,18 +132,18 @@ class Meter(TrainerCallback):
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """CUDA's peak allocation; on a CPU the process's peak resident size (Linux counts it in KiB)."""
+    """CUDA's peak allocation; on a CPU the process's peak resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB; psutil has no peak
 
 
 def model_flops_utilization(model: torch.nn.Module, tokens_per_second: float, args, devices: int) -> float | None:
-    """Share of the devices' peak that the model's own arithmetic uses; None where the peak is not known.
+    """The share of the devices' peak FLOP/s that the model's own arithmetic uses; None where the peak is not known.
 
-    A token costs 2 FLOPs for each weight that it meets in the forward pass, 2 for the gradients of activations, and 2
-    for each weight that is trained (Kaplan et al. 2020, section 2.1); of routed experts it meets top_k of num_experts.
-    Attention scores and recomputation are left out.
+    Per token each weight costs 2 FLOPs in the forward pass, 2 for the gradients of activations, and 2 more if it is
+    trained (Kaplan et al. 2020, section 2.1). Of the routed experts' weights top_k / num_experts count. Attention
+    scores and recomputation are left out.
     """
     if args.device.type != "cuda" or not (args.bf16 or args.fp16):
         return None
@@ -149,12 +152,37 @@ def model_flops_utilization(model: torch.nn.Module, tokens_per_second: float, ar
     if peak is None:
         return None
     config = model.config
-    chosen = getattr(config, "moe_topk", None) or getattr(config, "num_experts_per_tok", 1)
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", 1)
-    share = first_of(chosen) / first_of(experts)
+    chosen = getattr(config, "moe_topk", 0) or getattr(config, "num_experts_per_tok", 1)
+    experts = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 1)
+    share_of_experts = first_of(chosen) / first_of(experts)
     flops = 0.0
     for path, weight in model.named_parameters():
-        if "embed_tokens" not in path or getattr(config, "tie_word_embeddings", False):
-            met = getattr(weight, "ds_numel", weight.numel()) * (share if ".experts." in path else 1)
-            flops += met * (6 if weight.requires_grad else 4)
+        if "embed_tokens" in path and not getattr(config, "tie_word_embeddings", False):
+            continue  # looked up, not multiplied
+        size = getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves an empty tensor
+        used = size * share_of_experts if ".experts." in path else size
+        flops += used * (6 if weight.requires_grad else 4)
     return flops * tokens_per_second / (peak * devices)
+
+
+def number_of_parameters(model: PreTrainedModel, trained: bool = False) -> int:
+    """Parameters of the model, or those that are trained; under ZeRO-3 their full size."""
+    parameters = [p for p in model.parameters() if p.requires_grad or not trained]
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+
+def write_results(trainer: Any, train_loss: float, probe: Probe | None, figures: dict[str, Any]) -> None:
+    """Write train_results.json: `figures` of the rows, and those of the run. All ranks must call."""
+    figures |= {
+        "train_loss": train_loss,
+        "global_step": trainer.state.global_step,
+        "global_batch_size": trainer.get_total_train_batch_size(trainer.args),
+        "trainable_params": number_of_parameters(trainer.model, trained=True),
+        "total_params": number_of_parameters(trainer.model),
+        **trainer.meter.results(trainer),
+        **(probe.results() if probe else {}),
+    }
+    if trainer.is_world_process_zero():
+        write_json(Path(trainer.args.output_dir, "train_results.json"), figures)
+        if probe:
+            probe.print_some()

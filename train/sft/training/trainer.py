@@ -1,8 +1,7 @@
-"""Hugging Face's Trainer with seven things of ours: real tokens are counted, a lowest learning rate holds for every
-scheduler, rows of similar length are found without reading them, the routers' balance is watched, an evaluation's loss
-is the mean over its supervised tokens, what is saved follows the precision rule, and each saved directory stands
-alone."""
+"""Hugging Face's Trainer and what we add: the count of tokens, `--min_lr` with every scheduler, grouping by known
+lengths, the watch on the routers, an `eval_loss` over all supervised tokens, and complete saved directories."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,16 +13,18 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from sft.data.batches import Filled
 from sft.data.examples import IGNORE_INDEX
 from sft.messages import choice
+from sft.model.directory import ModelDirectory
+from sft.model.load import without_adapter
 from sft.model.moe import Routers, moe_layers
+from sft.model.pretrained import load_pretrained
 from sft.model.weight_files import is_transformers_own, names_in_model
 from sft.training.progress import Meter, stop_if_not_finite
 from sft.training.save import (
-    Companions,
-    as_stored,
     gathered_state,
     master_values,
-    name_states,
     save_dtype,
+    with_base_names,
+    write_deepspeed_latest,
     write_on_this_rank,
 )
 
@@ -31,15 +32,35 @@ TAKES_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on
 
 
 def mean_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Cross entropy of the next tokens over the supervised ones of the whole step, for models whose own loss is the
-    mean of their batch alone. `labels` (batch, length)."""
-    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(outputs.logits.device)
+    """Cross entropy of the next token, the mean over the supervised tokens of the whole step. For models whose own
+    loss is the mean over one batch.
+
+    Args:
+        labels: (batch, length).
+        num_items_in_batch: supervised tokens of the whole step; None: those of this batch.
+    """
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    targets = labels[:, 1:].flatten().to(logits.device)
     total = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (targets.ne(IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
+    if num_items_in_batch is None:
+        num_items_in_batch = targets.ne(IGNORE_INDEX).sum()
+    return total / num_items_in_batch
+
+
+def with_min_lr(factor: Callable[[int], float], warmup_steps: int, low: float) -> Callable[[int], float]:
+    """The scheduler's `factor` of the learning rate, squeezed into low … 1 after the warmup."""
+
+    def squeezed(step: int) -> float:
+        if step < warmup_steps:
+            return factor(step)
+        return low + (1 - low) * factor(step)
+
+    return squeezed
 
 
 class GroupedByLength(LengthGroupedSampler):
-    """Another order each epoch, by the seed alone: the same on every rank and after a resume."""
+    """Groups rows of similar length, in another order each epoch. The order depends on the seed alone: it is the same
+    on every rank and after a resume."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
@@ -60,53 +81,67 @@ class Trainer(transformers.Trainer):
         router_aux_loss_coef: see model/moe.py.
     """
 
-    def __init__(self, *args, meter: Meter, companions: Companions, router_aux_loss_coef: float = 0.0, **kwargs):
+    def __init__(self, *args, meter: Meter, companions: ModelDirectory, router_aux_loss_coef: float = 0.0, **kwargs):
+        training_args: transformers.TrainingArguments = kwargs["args"]
         if kwargs.get("eval_dataset") is not None:
-            world = kwargs["args"].world_size * kwargs["args"].eval_batch_size
-            kwargs["eval_dataset"] = Filled(kwargs["eval_dataset"], world)
+            ranks_batch = training_args.world_size * training_args.eval_batch_size
+            kwargs["eval_dataset"] = Filled(kwargs["eval_dataset"], ranks_batch)
+        if training_args.ddp_find_unused_parameters is None and is_transformers_own(without_adapter(kwargs["model"])):
+            # DDP need not search the graph at each step. Each trained parameter of these classes gets a gradient:
+            # their experts are fused, and load_model freezes Hy4's indexer.
+            training_args.ddp_find_unused_parameters = False
         super().__init__(*args, **kwargs)
-        self.meter, self.companions, self.masters, self.unlogged = meter, companions, {}, 0.0
+        self.meter = meter
+        self.companions = companions
+        companions.hold()
+        self.masters: dict[str, torch.Tensor] = {}  # on the saving rank while it saves, see masters_to_save
+        self.unlogged = 0.0
         self.add_callback(meter)
-        self.routers = Routers(self.model, router_aux_loss_coef) if moe_layers(self.model) else None
-        if self.routers:
-            self.callback_handler.callbacks.insert(0, self.routers)  # before those that report
+        self.routers = self.make_routers(router_aux_loss_coef)
         if companions.unused and not self.is_adapter:
             why = "layers for next-token prediction, which the class does not have: saved as the base has them"
             choice("tensors copied", len(companions.unused), why)
-        found = {} if self.is_adapter else names_in_model(self.model, companions.names)
+        found = {} if self.is_adapter else names_in_model(self.model, companions.tensors)
         self.stored = {name: files[0] for name, files in found.items() if len(files) == 1}
-        if self.args.should_save and self.is_deepspeed_enabled and not self.is_adapter:
-            # the engine rounds them, and frozen tensors have no masters to read
-            trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-            frozen = {stored for name, stored in self.stored.items() if name not in trained}
-            self.masters = companions.base_values(frozen & companions.fp32_names)
+
+    def make_routers(self, coefficient: float) -> Routers | None:
+        """What watches the routers; None where there are none, or where nothing shows what it sees."""
+        reported = bool(self.args.report_to)
+        if not moe_layers(self.model) or not (coefficient or reported):
+            return None
+        routers = Routers(self.model, coefficient, report_load=reported)
+        self.callback_handler.callbacks.insert(0, routers)  # before those that report
+        return routers
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Count what a step really processes."""
+        """The batches of one step, whose tokens are counted."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.meter.count(batches)
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """With --router_aux_loss_coef, the mean over the step's micro-batches of their load-balancing losses is added:
-        the ranks' gradients are averaged, the micro-batches' are summed."""
+        """The loss, with `--router_aux_loss_coef` the load-balancing loss included. That is divided by the number of
+        micro-batches, because their gradients are summed (those of the ranks are averaged)."""
         if not (self.routers and model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.routers.watch(inputs.get("attention_mask")):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.routers.coefficient:
-            in_whole = self.model_accepts_loss_kwargs or self.compute_loss_func  # else the Trainer divides
-            loss = loss + self.routers.loss() / (self.current_gradient_accumulation_steps if in_whole else 1)
+            balance = self.routers.loss()
+            if self.model_accepts_loss_kwargs or self.compute_loss_func:  # else the Trainer divides
+                balance = balance / self.current_gradient_accumulation_steps
+            loss = loss + balance
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The load-balancing loss beside the loss that it is part of; at the end the mean loss of the whole run, its
-        steps before a checkpoint included. All ranks must call."""
+        """Log, besides, the load-balancing loss that `loss` contains; at the end the mean loss of the whole run, the
+        steps before a resume included. All ranks must call."""
         if self.routers and self.routers.coefficient and "loss" in logs:
             logs["router_aux_loss"] = self.routers.mean_loss()
         if "train_loss" in logs:
             self.stop_if_not_finite()
-            total = self._total_loss_scalar - self._tr_loss.item() + self.unlogged  # the Trainer adds rank 0's share
+            # the Trainer has added what rank 0 has not logged; all ranks' mean takes its place
+            total = self._total_loss_scalar - self._tr_loss.item() + self.unlogged
             logs["train_loss"] = total / self.state.global_step
         super().log(logs, start_time)
 
@@ -114,24 +149,26 @@ class Trainer(transformers.Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return GroupedByLength(size, dataset.lengths.tolist(), self.args.seed)
+        rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return GroupedByLength(rows_a_step, dataset.lengths.tolist(), self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset):
-        return SequentialSampler(eval_dataset)
+        return SequentialSampler(eval_dataset)  # with --group_by_length the Trainer would read every row first
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Keep the sum over supervised tokens: the Trainer's own figure is a mean of the batches' means."""
-        supervised = inputs["labels"].ne(IGNORE_INDEX).sum()
-        loss = super().prediction_step(model, inputs, True, ignore_keys)[0]
+        """The batch's loss. Its sum over supervised tokens is kept for evaluation_loop."""
+        supervised = inputs["labels"].ne(IGNORE_INDEX).sum().item()
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         if supervised:
-            self.evaluated += torch.stack([loss.double().cpu() * supervised.cpu(), supervised.double().cpu()])
-        return loss.nan_to_num(), None, None
+            self.evaluated += torch.tensor([loss.item() * supervised, supervised], dtype=torch.float64)
+        return loss.nan_to_num(), None, None  # nan: no token is supervised
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """The Trainer's, with the loss as the mean over all supervised tokens of all ranks. All ranks must call."""
-        self.evaluated = torch.zeros(2, dtype=torch.float64)
-        average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        """The Trainer's output, with the loss as the mean over all supervised tokens of all ranks; the Trainer itself
+        takes the mean of the batches' means. All ranks must call."""
+        self.evaluated = torch.zeros(2, dtype=torch.float64)  # sum of the losses, supervised tokens
+        average = self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = False  # each batch's own mean
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
@@ -141,58 +178,70 @@ class Trainer(transformers.Trainer):
         return output
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """After the warmup a scheduler's factor f becomes low + (1 - low) f, with low = min_lr / learning_rate."""
+        """The scheduler, with `--min_lr` as its lowest learning rate."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.args.min_lr and self.args.lr_scheduler_type not in TAKES_MIN_LR:
-            low, warmup = self.args.min_lr / self.args.learning_rate, self.args.get_warmup_steps(num_training_steps)
-            scheduler.lr_lambdas = [
-                lambda step, factor=factor: factor(step) if step < warmup else low + (1 - low) * factor(step)
-                for factor in scheduler.lr_lambdas
-            ]
+            low = self.args.min_lr / self.args.learning_rate
+            warmup_steps = self.args.get_warmup_steps(num_training_steps)
+            scheduler.lr_lambdas = [with_min_lr(factor, warmup_steps, low) for factor in scheduler.lr_lambdas]
         return scheduler
 
     def stop_if_not_finite(self) -> None:
-        """Look at the losses since the last logging step, and keep their sum. All ranks must call."""
-        self.unlogged = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item()
+        """End the run if a loss since the last logging step is not finite; keep their sum. All ranks must call."""
+        ranks = self.accelerator.gather(self._tr_loss.detach().reshape(1))
+        self.unlogged = ranks.mean().item()
         stop_if_not_finite(self.unlogged, self.state.global_step)
 
     def _save_checkpoint(self, model, trial) -> None:
         self.stop_if_not_finite()
         super()._save_checkpoint(model, trial)
         if self.args.save_on_each_node and self.args.should_save and self.is_deepspeed_enabled:
-            name_states(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+            write_deepspeed_latest(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Not a second time: load_model has taken the weights from there, experts that the Trainer misses included."""
+        """Do nothing but for FSDP: load_model has read the weights already, and the Trainer would miss the experts."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """Without ZeRO and adapter by from_pretrained: the Trainer takes a file's tensors by their names and passes
-        over those of the experts, which stand one by one in the file and fused in the model."""
+        """Put the best checkpoint's weights into the model. Without ZeRO and adapter from_pretrained reads them: the
+        Trainer takes tensors by name and would skip the experts, which are single in the file and fused in the
+        model."""
         if self.is_deepspeed_enabled or self.is_adapter:
             return super()._load_best_model()
-        from sft.model.remote_code_441 import load_any
-
         code = "native" if is_transformers_own(self.model) else "remote"
-        best, _ = load_any(self.state.best_model_checkpoint, code, dtype="auto")
+        best = load_pretrained(ModelDirectory(self.state.best_model_checkpoint, model_code=code), dtype="auto")
         self.model.load_state_dict(best.state_dict())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save weights or adapter. The Trainer itself calls with `_internal_call` for a checkpoint, train.py without
-        for the end."""
+        """Save weights or adapter. The Trainer calls with `_internal_call` for a checkpoint, train.py without it for
+        the final model. All ranks must call."""
         self.is_final_save = not _internal_call
-        if self.is_deepspeed_enabled:  # collective: before rank 0 goes on alone
-            trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-            if self.is_adapter:
-                self.masters = master_values(self.model, trained)
+        self.masters = self.masters_to_save()  # collective: before rank 0 goes on alone
+        try:
+            if self.args.save_on_each_node and is_deepspeed_zero3_enabled():
+                state = {} if self.is_adapter else gathered_state(self.model, self.args.should_save)
+                self._save(output_dir, state_dict=state)
             else:
-                fp32 = {name for name in trained if self.stored.get(name) in self.companions.fp32_names}
-                self.masters |= {self.stored[name]: value for name, value in master_values(self.model, fp32).items()}
-        if self.args.save_on_each_node and is_deepspeed_zero3_enabled():
-            state = {} if self.is_adapter else gathered_state(self.model, self.args.should_save)
-            return self._save(output_dir, state_dict=state)
-        super().save_model(output_dir, _internal_call)
+                super().save_model(output_dir, _internal_call)
+        finally:
+            self.masters = {}
+
+    def masters_to_save(self) -> dict[str, torch.Tensor]:
+        """{name in the file: fp32 value} of what is saved in fp32 although ZeRO rounds it: an adapter, and what the
+        base keeps in fp32. Empty on ranks that do not save. All ranks must call."""
+        if not self.is_deepspeed_enabled:
+            return {}
+        keep = self.args.should_save
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.is_adapter:
+            return master_values(self.model, trained, keep)
+        fp32 = {name for name, stored in self.stored.items() if stored in self.companions.fp32_names}
+        masters = master_values(self.model, fp32 & trained, keep)
+        values = {self.stored[name]: value for name, value in masters.items()}
+        if keep:  # frozen tensors have no masters
+            values |= self.companions.values({self.stored[name] for name in fp32 - trained})
+        return values
 
     @property
     def is_adapter(self) -> bool:
@@ -206,19 +255,20 @@ class Trainer(transformers.Trainer):
             state_dict = {name: self.masters.get(name, p.detach()).float() for name, p in adapter.items()}
             super()._save(output_dir, state_dict=state_dict)
             return self.companions.write(Path(output_dir or self.args.output_dir), None)
-        directory, dtype = Path(output_dir or self.args.output_dir), save_dtype(self.args)
-        masters = not self.is_deepspeed_enabled and not self.is_final_save
-        if masters:
+        directory = Path(output_dir or self.args.output_dir)
+        dtype = save_dtype(self.args)
+        saves_masters = not self.is_deepspeed_enabled and not self.is_final_save
+        if saves_masters:
             dtype = torch.float32  # resuming is exact
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         for tied in getattr(self.model, "all_tied_weights_keys", {}):
             state_dict.pop(tied, None)  # ZeRO-2 hands out both names of a tied tensor
-        saved = self.companions.cast(as_stored(self.model, state_dict, self.stored) | self.masters, dtype)
-        saved |= self.companions.base_values(self.companions.unused)
-        state_dict.clear()  # the caller holds it too: its tensors go as their parts are written
+        saved = self.companions.cast(with_base_names(self.model, state_dict, self.stored) | self.masters, dtype)
+        saved |= self.companions.values(self.companions.unused)
+        state_dict.clear()  # the caller holds it too: now each tensor is freed once its part is written
         directory.mkdir(parents=True, exist_ok=True)
         if self.args.save_on_each_node:
             write_on_this_rank(self.model)
         self.model.save_pretrained(directory, state_dict=saved, save_original_format=False)
         torch.save(self.args, directory / "training_args.bin")
-        self.companions.write(directory, dtype, masters)
+        self.companions.write(directory, dtype, saves_masters)

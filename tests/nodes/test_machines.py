@@ -314,7 +314,7 @@ def test_a_changed_host_key_is_refused(two, given):
     try:
         job = Job(two[0], ["bash", TRAIN / "train.sh", *STEPS], **given)
         assert job.end(30) == 2 and "10.77.0.2: ssh: Host key verification failed" in job.output, job.output
-        assert "if that was on purpose, run: ssh-keygen -R '[10.77.0.2]:36005'" in job.output
+        assert "its key has changed; run once: ssh -p 36005 10.77.0.2 true" in job.output
     finally:
         known.write_text(before)
     assert SSH.is_dir()

@@ -39,7 +39,7 @@ def test_starts_and_trains_as_it_stands(
     places = {"M": model_dir("moe", example_tokenizer_dir, dtype="bfloat16"), "T": example_tokenizer_dir}
     places |= {"D": example_rows, "O": tmp_path / "out"}
     args = [str(places.get(word, word)) for word in (LORA if name == "lora" else FULL).split()]
-    run = run_train(args, launcher=launcher, nproc=1 if launcher == "python" else 2)
+    run = run_train(args, launcher=launcher, nproc=1 if launcher == "python" else 2, cold=True)
     assert run.returncode == 0, run.stderr[-3000:]
     said = losses(tmp_path / "out")
     assert len(said) == 4 and all(0 < loss < 10 for loss in said)

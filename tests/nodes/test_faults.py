@@ -1,6 +1,6 @@
 """What ends a job on two machines: how soon, with which exit code and message, and what is left behind.
 
-    pytest -s -m "campaign or not campaign" tests/faults/test_faults.py
+    pytest -s -m "campaign or not campaign" tests/nodes/test_faults.py
 
 prints the table. Real hosts (hosts.py), plain DDP over gloo, a run that would go on for hours.
 """
@@ -19,7 +19,7 @@ import pytest
 from hosts import SSH, SSH_PORT, TRAIN, Job
 
 pytestmark = pytest.mark.needs_hosts
-OTHER = "/other/python train.py -m sft.nodes.launch --output_dir /other"
+OTHER = "/other/python train.py -m sft.start --output_dir /other"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ class Bed:
     def rank(self, host):
         """The process of the rank there."""
         found = self.two[host].processes("train.py", str(self.out)).items()
-        (pid,) = (pid for pid, line in found if "sft.nodes.launch" not in line)
+        (pid,) = (pid for pid, line in found if "sft.start" not in line)
         return pid
 
     def left(self):
@@ -154,18 +154,22 @@ RUNNING = {  # fault: (environment, what happens in the middle of a step, exit c
     "SIGHUP, terminal closed": (*hang_up, 129, r"failed: stopped by SIGHUP", 30),
 }  # fmt: skip
 BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
-    "node 2's disk full": (small_disk, {}, 1, r"failed: rank 1 on 10\.77\.0\.2: exit code 1: .*[Nn]o space left"),
+    "node 2's disk full": (small_disk, {}, 1, r"failed: rank 1 on 10\.77\.0\.2: exit code 1\b.*[Nn]o space left"),
     "other code on node 2": (
         other_code,
         {},
         2,
-        r"10\.77\.0\.2: other code than on the chief \(sft/data/examples\.py\); "
-        r"run: scp -p -P 36005 \S+/sft/data/examples\.py 10\.77\.0\.2:",
+        r"10\.77\.0\.2: other code than on the chief \(sft/data/examples\.py\); make \S+ there the same as here",
     ),
-    "data missing on node 2": (no_data, {}, 2, r"10\.77\.0\.2: .*rows\.jsonl is missing; run: scp -p "),
+    "data missing on node 2": (no_data, {}, 2, r"10\.77\.0\.2: .*rows\.jsonl is missing; copy it there"),
     "wrong slots": (None, {"NODE_NUM": 5}, 2, r"NODE_NUM=5, but NODE_IP_LIST=\S+ there are 2 processes in all"),
-    "host key unknown, no terminal": (forget, {}, 2, r"10\.77\.0\.2: ssh does not know this host yet.* SHA256:\S+ "),
-    "node 2 unreachable": (unreachable, {}, 2, r"10\.77\.0\.2: (ssh: .*|no answer within 12 s); try: ssh -p 36005 "),
+    "host key unknown, no terminal": (
+        forget,
+        {},
+        2,
+        r"10\.77\.0\.2: ssh: Host key verification failed.*run once: ssh -p 36005 10\.77\.0\.2 true",
+    ),
+    "node 2 unreachable": (unreachable, {}, 2, r"10\.77\.0\.2: ssh: .*; try: ssh -p 36005 "),
     "node 2 wants a password": (
         no_key,
         {},
@@ -173,7 +177,7 @@ BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
         r"10\.77\.0\.2: ssh: .*Permission denied.*; run: ssh-copy-id -p 36005 ",
     ),
     "no environment on node 2": (other_interpreter, {}, 2, r"10\.77\.0\.2: ssh: .*; \S+ has to be there too: install"),
-    "port taken": (take_port, {}, 2, r"MASTER_PORT=29500: Address already in use"),
+    "port taken": (take_port, {}, 2, r"MASTER_PORT=29500 on 10\.77\.0\.1: Address already in use"),
 }
 CAMPAIGN = ("launcher on node 2 SIGKILL", "rank 1 SIGSTOP, STALL_TIMEOUT=30", "Ctrl-C", "SIGHUP, terminal closed")
 CAMPAIGN += ("node 2's disk full", "node 2 unreachable")

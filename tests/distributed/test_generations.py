@@ -1,12 +1,11 @@
 """One table: every generation × {load, ZeRO-2, ZeRO-3, LoRA on attention, experts, shared experts, checkpoint alone,
 resume, merge}, with the difference that was measured in each cell.
 
-    pytest -s -m campaign tests/integration/test_generations.py
+    pytest -s -m campaign tests/distributed/test_generations.py
 """
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -15,9 +14,9 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import reference
-from conftest import TRAIN, run_command
-from sft.model.load import load_model
-from sft.model.weight_files import read_tensors
+from conftest import run_script
+from sft.model.directory import ModelDirectory
+from sft.model.load import load_model, open_directory
 from sft.training.plan import parse_arguments
 
 STEPS, RATE = 8, 1e-3
@@ -75,7 +74,7 @@ def logits(model):
 
 
 def merge(*args):
-    run = run_command([sys.executable, str(TRAIN / "merge_lora_weight.py"), *map(str, args)])
+    run = run_script("merge_lora_weight.py", args)
     assert run.returncode == 0, run.stderr[-2000:]
 
 
@@ -114,7 +113,7 @@ def test_generation(name, table, make_model_dir, example_tokenizer_dir, example_
     arguments = ["--model_name_or_path", str(base), "--train_data_file", "x", "--output_dir", str(tmp_path / "out")]
     model_args, _, training_args = parse_arguments([*arguments, *own_flags])
     with torch.random.fork_rng(devices=[]):
-        loaded = load_model(model_args, training_args, tokenizer)
+        loaded = load_model(model_args, training_args, tokenizer, open_directory(model_args))
     cells["load"] = (logits(loaded) - logits(as_made(name, base))).abs().max().item()
 
     # all weights: against a plain loop; hy_v4's indexer is not trained in either
@@ -130,7 +129,7 @@ def test_generation(name, table, make_model_dir, example_tokenizer_dir, example_
     shutil.rmtree(base_copy)
     alone = [reference.mean_loss(plainly_loaded(name, d), evaluated, 4) for d in (full / "checkpoint-8", full)]
     cells["alone"] = difference(alone, [evaluation(full)] * 2)
-    names = [read_tensors(directory)[1].keys() for directory in (base, full, full / "checkpoint-4")]
+    names = [ModelDirectory(directory).tensors.keys() for directory in (base, full, full / "checkpoint-4")]
     assert names[0] == names[1] == names[2], "the files' tensors are not the base's"
 
     # going on from step 4, without the base

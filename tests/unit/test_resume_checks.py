@@ -1,0 +1,145 @@
+"""What is looked at before a run goes on: its training state, its steps, its flags, the rate of its next step."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sft.messages import Refused
+from sft.training.go_on import follow_schedule, losses_so_far
+from sft.training.plan import spelled, zero_of
+from sft.training.resume import check_training_state, read_trainer_state, steps_left
+
+
+def arguments(**more):
+    """The training arguments that these checks read."""
+    values = {"deepspeed": None, "world_size": 1, "save_on_each_node": False, "dataloader_drop_last": False}
+    values |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": -1}
+    return SimpleNamespace(**values | {"num_train_epochs": 1.0} | more)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """At step 10 of 20, of one process."""
+    state = {"global_step": 10, "max_steps": 20, "log_history": []}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save([1], tmp_path / name)
+    return tmp_path
+
+
+def deepspeed_checkpoint(folder, ranks):
+    (folder / "optimizer.pt").unlink()
+    (folder / "latest").write_text("global_step10\n")
+    (folder / "global_step10").mkdir()
+    for rank in range(ranks):
+        torch.save([1], folder / "global_step10" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        torch.save([1], folder / f"rng_state_{rank}.pth")
+
+
+def test_a_whole_one_goes_on(checkpoint, capsys):
+    check_training_state(checkpoint, arguments())
+    assert f"going on from {checkpoint}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("damage", ["missing", "not whole"])
+def test_a_part_that_is_missing_or_cut_is_named(name, damage, checkpoint):
+    file = checkpoint / name
+    whole = file.read_bytes()
+    file.unlink()
+    if damage == "not whole":
+        file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Refused, match=f"{name} is {damage}"):
+        check_training_state(checkpoint, arguments())
+
+
+def test_each_rank_needs_its_random_state(checkpoint):
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    with pytest.raises(Refused, match=r"rng_state_1\.pth is missing"):
+        check_training_state(checkpoint, arguments(world_size=2))
+
+
+def test_deepspeeds_states_are_one_a_rank(checkpoint):
+    engine = SimpleNamespace(config={"zero_optimization": {"stage": 2}})
+    args = arguments(deepspeed="x", world_size=2, hf_deepspeed_config=engine)
+    with pytest.raises(Refused, match=r"latest is missing"):
+        check_training_state(checkpoint, args)
+    deepspeed_checkpoint(checkpoint, 2)
+    check_training_state(checkpoint, args)
+    state = next((checkpoint / "global_step10").iterdir())
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(Refused, match=f"{state.name} is not whole"):
+        check_training_state(checkpoint, args)
+    state.unlink()
+    with pytest.raises(Refused, match="states of 1 of 2 ranks"):
+        check_training_state(checkpoint, args)
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "left"),
+    [
+        (set(), {"max_steps": 50}, 10),  # not given: as its run planned
+        ({"max_steps"}, {"max_steps": 12}, 2),
+        ({"max_steps"}, {"max_steps": 5}, 0),
+        ({"num_train_epochs"}, {"num_train_epochs": 2}, 16),  # 101 rows, 8 a step: 13 steps an epoch
+        ({"num_train_epochs"}, {"num_train_epochs": 2, "dataloader_drop_last": True}, 16),  # 25 whole batches
+        ({"num_train_epochs"}, {"num_train_epochs": 2, "gradient_accumulation_steps": 1}, 42),
+    ],
+)
+def test_steps_that_are_left(given, more, left, checkpoint):
+    assert steps_left(checkpoint, arguments(**more), 101, frozenset(given)) == left
+
+
+def test_a_finished_run_needs_no_optimizer(checkpoint):
+    (checkpoint / "optimizer.pt").unlink()
+    assert steps_left(checkpoint, arguments(max_steps=10), 101, frozenset({"max_steps"})) == 0
+    with pytest.raises(Refused, match=r"optimizer\.pt is missing"):
+        steps_left(checkpoint, arguments(), 101, frozenset())
+
+
+def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path):
+    with pytest.raises(Refused, match="no such directory"):
+        read_trainer_state(tmp_path / "nowhere")
+    (checkpoint / "trainer_state.json").write_text("{}")
+    with pytest.raises(Refused, match=r"no whole trainer_state\.json"):
+        read_trainer_state(checkpoint)
+    (checkpoint / "checkpoint-7").mkdir()
+    with pytest.raises(Refused, match="a run's directory: give .*checkpoint-7"):
+        read_trainer_state(checkpoint)
+
+
+def test_values_that_are_written_otherwise_are_the_same():
+    assert spelled(0) == spelled(0.0) == "0" and spelled(1e-05) == spelled(0.00001) != spelled(1.1e-05)
+    assert spelled(["b", "a"]) == spelled(["a", "b"]) != spelled(["a"])
+
+
+def test_a_deepspeed_file_is_its_stage_and_offload():
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5}
+    found = zero_of({"zero_optimization": zero, "steps_per_print": 1, "gradient_clipping": 1.0})
+    assert found == {"deepspeed": "ZeRO-3, offload to cpu and none", "deepspeed gradient_clipping": "1.0"}
+    assert zero_of({"zero_optimization": {"stage": 2}}) == {"deepspeed": "ZeRO-2"}
+    assert zero_of(None) == {"deepspeed": "none"}
+
+
+def test_losses_of_a_checkpoint_without_their_sum():
+    """Logged every second step, saved at the fifth: the mean of what is known stands for the rest."""
+    history = [{"step": 2, "loss": 3.0}, {"step": 3, "eval_loss": 9.0}, {"step": 4, "loss": 1.0}]
+    found = losses_so_far({"log_history": history, "global_step": 5})
+    assert found == {"logged": pytest.approx(10.0), "unlogged": 0.0, "last_logged": 5}
+    kept = {"logged": 1.0, "unlogged": 2.0, "last_logged": 3}
+    assert losses_so_far({"stateful_callbacks": {"GoOn": {"attributes": kept}}}) == kept
+
+
+def test_the_next_rate_is_the_schedules_of_now(capsys):
+    """At step 10, planned to 20 and now to 40."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 40)
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": 10, "_last_lr": [0.5], "lr_lambdas": [None]})
+    optimizer.param_groups[0]["lr"] = 0.5
+    follow_schedule(scheduler, 10, 40)
+    assert optimizer.param_groups[0]["lr"] == 0.75 and scheduler.last_epoch == 10
+    assert "next learning rate = 0.75 (step 11 of 40; as it was planned 0.5)" in capsys.readouterr().out
+    follow_schedule(scheduler, 10, 40)
+    assert capsys.readouterr().out == "", "nothing has changed"

@@ -1,0 +1,83 @@
+"""What a pass over rows found, and how the user learns of it. Bad rows stop the run or are listed, warnings counted.
+
+Refused: bad rows, unless --bad_rows skip; rows over --max_seq_length with --overlong error.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from sft.data.rows import ALPACA, NEEDED, SHAREGPT
+from sft.messages import Refused, note
+
+SHOWN = 20  # lines of a kind that are named; the rest is counted
+
+# Training succeeds with these, but the model learns the wrong thing.
+WARNINGS = {
+    "no_think_with_thinking": "/no_think in the user's text, but the answer's think block is not empty",
+    "without_thinking": "assistant turns without a think block: the model learns to answer without thinking",
+    "against_prompt": "assistant turns that do not begin with the generation prompt of inference (thinking under "
+    "enable_thinking false, no_think or a template that closes the block: set it in the row)",
+    "thinking_left_out": "assistant turns whose thinking the template leaves out",
+    "text_left_out": "messages whose text the template leaves out",
+    "without_end": "assistant turns that the template ends with no token of its own: the model does not learn to stop",
+    "tools_left_out": "times tools or tool calls are left out by the template (some render calls only beside tools)",
+}
+
+
+@dataclass
+class Report:
+    """Counts of what was found; of each kind the first lines, each with what is wrong; notes on accepted oddities."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    lines: dict[str, list[tuple[int | str, str]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def found(self, kind: str, line: int, what: str = "") -> None:
+        """Count one more of a kind, and keep its line if it is among the first."""
+        self.counts[kind] += 1
+        if len(self.lines.setdefault(kind, [])) < SHOWN:
+            self.lines[kind].append((line, what))
+
+    def add(self, later: "Report", file: object = None) -> None:
+        """Add what was found further down or, with `file`, in one of several files: lines are then `file:line`."""
+        self.counts.update(later.counts)
+        for kind, lines in later.lines.items():
+            if file is not None:
+                lines = [(f"{file}:{line}", what) for line, what in lines]
+            self.lines[kind] = (self.lines.get(kind, []) + lines)[:SHOWN]
+        self.notes += [text for text in later.notes if text not in self.notes]
+
+    def listed(self, kind: str) -> str:
+        """The first lines of a kind, one below the other, and how many more there are."""
+        texts = [f"{line}: {what}" if what else str(line) for line, what in self.lines[kind]]
+        more = self.counts[kind] - len(texts)
+        return "\n".join(texts + ([f"… {more} more"] if more else []))
+
+
+def report_findings(report: Report, bad_rows: str, overlong: str, max_seq_length: int) -> None:
+    """Print what was found. Refuses bad and overlong rows where the flags say so."""
+    counts = report.counts
+    if counts["bad"]:
+        text = f"{counts['bad']} of {counts['rows']} rows are bad:\n{report.listed('bad')}"
+        if any(what in (ALPACA, SHAREGPT) for _, what in report.lines["bad"]):
+            text += f"\n{NEEDED}"
+        if bad_rows == "error":
+            raise Refused(f"{text}\nMend them, or leave them out with --bad_rows skip")
+        note(f"--bad_rows skip: {text}")
+    if counts["overlong"]:
+        text = f"{counts['overlong']} rows are longer than --max_seq_length {max_seq_length}"
+        if overlong == "error":
+            raise Refused(f"{text} (--overlong error):\n{report.listed('overlong')}")
+        if overlong == "drop":
+            note(f"{text}: left out\n{report.listed('overlong')}")
+        else:
+            note(f"{text}: cut at the right")
+    if counts["unsupervised"]:
+        note(f"{counts['unsupervised']} rows are left out: no supervised token\n{report.listed('unsupervised')}")
+    if counts["split"]:
+        note(f"{counts['split']} rows become several sequences: the template rewrites earlier turns")
+    if counts["turns_not_trained_on"]:
+        note(f"{counts['turns_not_trained_on']} of {counts['turns']} assistant turns are not trained on")
+    for kind, text in WARNINGS.items():
+        if counts[kind]:
+            note(f"warning: {counts[kind]} {text}")

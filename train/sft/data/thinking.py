@@ -1,0 +1,67 @@
+"""The thinking of an assistant's message: where a row may have it, and how it is put where the template reads it.
+
+Bad rows: thinking in two places that differs.
+"""
+
+from typing import NamedTuple
+
+from sft.data.rows import THINKING, BadRow
+
+
+class Turn(NamedTuple):
+    """What an assistant's message holds. `thinking` is None where there is none; `in_content`: it is in `content`."""
+
+    thinking: str | None
+    answer: str
+    in_content: bool
+
+
+def split_thinking(message: dict) -> Turn:
+    """Split an assistant's message into thinking and answer.
+
+    Thinking is in a field of its own, or in `content` as `<think>…</think>`, with or without `<answer>…</answer>`
+    after it. One newline inside each tag belongs to the tag and may be missing.
+    """
+    content = message.get("content") or ""
+    own_field = next((message[name] for name in THINKING if message.get(name) is not None), None)
+    opening, closed, rest = content.partition("</think>")
+    if not closed or not opening.lstrip().startswith("<think>"):
+        return Turn(own_field, content, in_content=False)
+    if not rest.lstrip().startswith("<answer>") and "</think>\n<answer>" in content:
+        # the thinking quotes its own end: it really ends where the answer opens
+        opening, _, rest = content.partition("</think>\n<answer>")
+        rest = "<answer>" + rest
+    thinking = without_newlines(opening.lstrip().removeprefix("<think>"))
+    answer = rest.lstrip("\n")
+    if answer.startswith("<answer>") and answer.rstrip().endswith("</answer>"):
+        answer = without_newlines(answer.removeprefix("<answer>").rstrip().removesuffix("</answer>"))
+    if own_field and own_field.strip() and own_field.strip() != thinking.strip():
+        raise BadRow("thinking is both in a field of its own and in the content, and they differ")
+    return Turn(thinking, answer, in_content=True)
+
+
+def without_newlines(text: str) -> str:
+    """Less one newline at each side."""
+    return text.removeprefix("\n").removesuffix("\n")
+
+
+def move_thinking(message: dict, turn: Turn, to_field: bool) -> dict:
+    """The message with its thinking in `reasoning_content`, or in `content` in the pattern of the 2025 models."""
+    others = {name: value for name, value in message.items() if name not in THINKING}
+    if to_field:
+        return others | {"reasoning_content": turn.thinking, "content": turn.answer}
+    content = f"<think>\n{turn.thinking}\n</think>\n"
+    if turn.answer or not message.get("tool_calls"):
+        content += f"<answer>\n{turn.answer}\n</answer>"
+    return others | {"content": content}
+
+
+def as_templates_read(message: dict) -> dict:
+    """What apply_chat_template does first: nulls go, for templates test whether a key is there; thinking is under each
+    of the names that templates know."""
+    if None in message.values():
+        message = {name: value for name, value in message.items() if value is not None}
+    own_field = next((message[name] for name in THINKING if name in message), None)
+    if own_field is None:
+        return message
+    return {"thinking": own_field, **message, "reasoning_content": own_field}

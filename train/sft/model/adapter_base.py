@@ -1,0 +1,106 @@
+"""Whether a base is the one that an adapter was trained on (base.json).
+
+Refuses (exit code 2) another base, and code of another kind than the one that trained the adapter.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from sft.messages import Refused, first_few, note, read_json
+from sft.model.directory import HARMLESS, ModelDirectory
+from sft.model.weight_files import build_on_meta, is_transformers_own, names_in_model
+
+VALUES = 32  # of each tensor that are compared
+
+
+def fingerprint(base: ModelDirectory, code: str) -> dict[str, list] | None:
+    """{tensor of the class: [dtype in the file, shape in the class, first 32 values in bf16]}, the same for any layout
+    of the files; of the routed experts the first alone. None if there is no safetensors file.
+
+    Args:
+        code: native, for transformers' class, or remote: the directory's class has the names of the files, and its
+            code is not run.
+    """
+    if not base.has_safetensors:
+        return None
+    names = [name for name in base.tensors if not re.search(rf"\.experts\.[1-9]|{HARMLESS[1]}", name)]
+    if code == "native":
+        model = build_on_meta(*base.native_class())
+        files, tied = names_in_model(model, names), model.all_tied_weights_keys
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    else:
+        files, shapes = {name: [name] for name in names}, {name: base.tensors[name].shape for name in names}
+        tied = ["lm_head.weight"] if base.config.get("tie_word_embeddings") else []
+    found = {}
+    for name in sorted((files.keys() & shapes.keys()) - set(tied)):
+        parts = sorted(files[name])  # sorted: an expert's gate comes before its up
+        values = [value for part in parts for value in first_values(base, part)]
+        found[name] = [base.tensors[parts[0]].dtype, list(shapes[name]), values[:VALUES]]
+    return found
+
+
+def first_values(base: ModelDirectory, name: str) -> list[float]:
+    """The first values of a tensor in bf16, read without the rest of it."""
+    part = base.opened[base.tensors[name].file].get_slice(name)
+    shape = part.get_shape()
+    rows = [math.ceil(VALUES / max(1, math.prod(shape[place + 1 :]))) for place in range(len(shape))]
+    return part[tuple(map(slice, rows))].flatten()[:VALUES].bfloat16().tolist()
+
+
+def is_same_tensor(one: list, other: list) -> bool:
+    """Whether two entries of fingerprints are of one tensor. Rounding to fp16 on the way to bf16 moves a value by one
+    step of bf16 at most, near zero by the smallest step of fp16."""
+    by_fp16 = "F16" in (one[0], other[0])
+    relative, absolute = (2**-7, 2**-24) if by_fp16 else (0, 0)
+    pairs = zip(one[2], other[2])
+    return one[1] == other[1] and all(math.isclose(*pair, rel_tol=relative, abs_tol=absolute) for pair in pairs)
+
+
+def record_base(model: Any, base: ModelDirectory) -> bytes:
+    """The content of base.json. Makes the adapter name the base that is used, as a path from any directory. Refuses a
+    model of other code than trained the resumed adapter."""
+    inner = model.get_base_model()
+    code = "native" if is_transformers_own(inner) else "remote"
+    if base.adapter_code not in ("auto", code):
+        trained_by = f"{base.adapter_code} code, which trained the adapter"
+        raise Refused(f"--model_code, --trust_remote_code: allow {trained_by}")
+    path = model.peft_config["default"].base_model_name_or_path = base.base_name
+    record = {"path": path, "class": type(inner).__name__, "code": code, "tensors": fingerprint(base, code)}
+    return json.dumps(record, separators=(",", ":")).encode()
+
+
+def check_base(adapter: Path, base: ModelDirectory, any_base: bool) -> str:
+    """The code that an adapter was trained with, as `--model_code`; auto if it has no base.json. Refuses another base
+    than it was trained on; prints a line instead with `any_base`, and if there is nothing to compare."""
+    if not (adapter / "base.json").is_file():
+        warn_of_another_name(adapter, base.path)
+        return "auto"
+    record = read_json(adapter / "base.json")
+    code, trained_on = record.get("code", "auto"), record.get("tensors")
+    try:
+        now = fingerprint(base, code)
+        if trained_on is None or now is None:
+            note(f"{base.path}: could not be compared with the base of {adapter}: one of them has no *.safetensors")
+            return code
+        both = trained_on.keys() & now
+        differ = trained_on.keys() ^ now.keys() | {n for n in both if not is_same_tensor(trained_on[n], now[n])}
+        why = f"{len(differ)} of {len(trained_on)} tensors differ ({first_few(sorted(differ))})" if differ else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        why = f"it is no {record.get('class')} ({' '.join(str(error).split())[:200]})"
+    if why:
+        what = f"{adapter}: {base.path} is not the base that it was trained on ({record.get('path')}): {why}"
+        if not any_base:
+            raise Refused(f"{what}. Give that base, or go on with this one (--any_base)")
+        note(f"--any_base: {what}")
+    return code
+
+
+def warn_of_another_name(adapter: Path, base: Path) -> None:
+    """Of an adapter without base.json: warn if it names a base of another name or another directory."""
+    named = Path(read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or base)
+    names = {base.name, *(part.rpartition("--")[2] for part in base.parts if part.startswith("models--"))}
+    if named.resolve() != base.resolve() and (named.exists() or named.name not in names):
+        note(f"warning: {adapter} has no base.json, and its adapter_config.json names another base, {named}")

@@ -1,0 +1,261 @@
+"""A model directory, opened once: its configuration, its tensors by their headers, whose code computes it, which
+tensors stay fp32, and its files.
+
+Loading, saving, merging and chatting use this one object. Refused (exit code 2): a directory that is not there, has no
+configuration or weights, is quantised, or lacks a file of its own code; tensors that are missing, unexpected or
+misshapen: they would be trained from random values, or lost when saving.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sft.messages import Refused, first_few, read_json
+from sft.model.files import code_files, files_of_a_model, write_json
+from sft.model.generations import brings_old_code, native_class, runs_own_code
+from sft.model.weight_files import (
+    DTYPES,
+    Stored,
+    apply_umask,
+    build_on_meta,
+    names_in_model,
+    open_tensors,
+    read_headers,
+)
+
+# Unexpected, and no harm: a tied head may stand in the file as well (ZeRO-2 writes it), and old files hold the rotary
+# frequencies, which are computed.
+HARMLESS = (r"^lm_head\.weight$", r"rotary_emb\.inv_freq$")
+# The router's correction of Hy3 and Hy4, by both its names: fp32 in any directory.
+CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")
+KEPT_IN_FP32 = "kept_in_fp32.json"  # of a directory that is all fp32: what stays so in half precision
+
+
+class ModelDirectory:
+    """A directory, and the tokenizer's directory that goes with it. What it holds is read when it is asked for, once.
+
+    Args:
+        path: of the model; None: a model built from flags, which has a tokenizer's files alone.
+        tokenizer: the tokenizer's directory; None: the model's.
+        trusted, tokenizer_trusted: whether code that each of both brings may run.
+        model_code: auto, native or remote, as `--model_code`.
+        name: what messages call it; default: the path.
+        hub_id: what it was called before its files were fetched.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        tokenizer: str | Path | None = None,
+        trusted: bool = True,
+        tokenizer_trusted: bool = True,
+        model_code: str = "auto",
+        name: str | None = None,
+        hub_id: str | None = None,
+    ):
+        self.path: Any = Path(path) if path is not None else None
+        self.tokenizer_path: Any = Path(tokenizer) if tokenizer is not None else self.path
+        self.trusted, self.tokenizer_trusted, self.model_code = trusted, tokenizer_trusted, model_code
+        self.name, self.hub_id = name or str(path), hub_id
+        self.adapter_code = "auto"  # the code that trained the adapter that is loaded, as `model_code`
+        self.added: dict[str, bytes] = {}  # files that saved directories get, beside the directory's own
+
+    def check(self) -> None:
+        """Refuse a directory that cannot be loaded, before anything is."""
+        if self.path is None:
+            return
+        if not self.path.is_dir():
+            raise Refused(f"{self.name}: no such directory")
+        if not (self.path / "config.json").is_file():
+            raise Refused(f"{self.name}: has no config.json")
+        if not self.has_safetensors and not any(self.path.glob("pytorch_model*.bin")):
+            raise Refused(f"{self.name}: holds no weights (*.safetensors)")
+        if self.config.get("quantization_config"):
+            raise Refused(f"{self.name}: is quantised (quantization_config in config.json): use its base")
+        _ = self.tensors  # reads the headers
+        if self.brings_old_code:
+            for file in code_files(self.path, self.config["auto_map"]):
+                if not (self.path / file).is_file():
+                    raise Refused(f"{self.path}: its code needs {file}, which is not there")
+            _ = self.runs_own_code
+
+    @property
+    def base_name(self) -> str:
+        """What an adapter's files call it: a hub id, or its path from any directory."""
+        return self.hub_id or str(self.path.resolve())
+
+    # ------------------------------------------------------------------------------------------ what it holds
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json; {} of a model built from flags."""
+        return read_json(self.path / "config.json") if self.path else {}
+
+    @cached_property
+    def has_safetensors(self) -> bool:
+        return self.path is not None and any(self.path.glob("*.safetensors"))
+
+    @cached_property
+    def headers(self) -> tuple[dict[str, Any], dict[str, Stored]]:
+        """(model.safetensors.index.json or {}, {name: Stored} file by file)."""
+        return read_headers(self.path)
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """{name: Stored}; {} where the weights are in files of another kind."""
+        return self.headers[1] if self.has_safetensors else {}
+
+    def values(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The directory's own values of the named tensors."""
+        return {name: self.opened[self.tensors[name].file].get_tensor(name) for name in names}
+
+    @cached_property
+    def opened(self) -> dict[str, Any]:
+        """{file: opened} of the weights. Their content can be read even after the files are deleted."""
+        return {file: open_tensors(self.path / file) for file in {t.file for t in self.tensors.values()}}
+
+    # ------------------------------------------------------------------------------------------ whose code runs
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether its Python files are run where it names any."""
+        return self.trusted and self.model_code != "native"
+
+    @cached_property
+    def brings_old_code(self) -> bool:
+        """Whether it brings code of transformers 4.41 that may run."""
+        return self.trusted and brings_old_code(self.config)
+
+    @property
+    def runs_own_code(self) -> bool:
+        """Whether the code that it brings computes the model, and not transformers' class."""
+        if self.brings_old_code:
+            return runs_own_code(self.config, self.model_code)
+        return self.runs_code and "AutoModelForCausalLM" in (self.config.get("auto_map") or {})
+
+    def native_class(self) -> tuple[Any, Any]:
+        """transformers' own class for it, and its configuration."""
+        return native_class(self.path, self.config)
+
+    def check_tensors(self, cls: type, config: Any) -> None:
+        """Refuse tensors that are not those of the class, under every ZeRO stage alike and before they are read: under
+        ZeRO-3 from_pretrained does not tell of what is unexpected, and of shapes on one rank only."""
+        if not self.has_safetensors:
+            return
+        model = build_on_meta(cls, config)
+        files = names_in_model(model, self.tensors)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        ignored = re.compile("|".join([*HARMLESS, *(model._keys_to_ignore_on_load_unexpected or ())]))
+        missing = sorted(shapes.keys() - files.keys() - set(model.all_tied_weights_keys))
+        unexpected = [name for key in sorted(files.keys() - shapes.keys()) for name in files[key]]
+        unexpected = [name for name in unexpected if not ignored.search(name)]
+        mismatched = []
+        for key in sorted(shapes.keys() & files.keys()):
+            stored = [self.tensors[name].shape for name in files[key]]
+            in_one = len(stored) == 1
+            if sum(map(math.prod, stored)) != math.prod(shapes[key]) or (in_one and stored[0] != shapes[key]):
+                mismatched.append(key)
+        self.refuse_weights(missing=missing, unexpected=unexpected, mismatched=mismatched)
+
+    def refuse_weights(self, **kinds: list[str]) -> None:
+        """Refuse weights that are missing, unexpected or mismatched, if there are any."""
+        for kind, names in kinds.items():
+            if names:
+                raise Refused(f"{self.name}: {len(names)} weights are {kind}: {first_few(names)}")
+
+    # ------------------------------------------------------------------------------------------ in which dtype
+
+    @cached_property
+    def dtype(self) -> tuple[str, str]:
+        """(the dtype of the directory, as headers spell it; why): that of config.json if any tensor has it, else that
+        of most bytes."""
+        stored: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            stored[tensor.dtype] += tensor.nbytes
+        told = str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.")
+        named = next((key for key in DTYPES if str(DTYPES[key]) == f"torch.{told}"), "")
+        if named in stored:
+            return named, "config.json of the base"
+        return max(DTYPES, key=lambda dtype: stored[dtype]), "most of the base's weights"
+
+    @cached_property
+    def fp32_names(self) -> set[str]:
+        """The tensors that stay fp32 when the directory is saved in half precision: what it keeps so beside weights in
+        half precision (a router), and the correction bias of Hy3 and Hy4."""
+        if self.path and (self.path / KEPT_IN_FP32).is_file():
+            return set(read_json(self.path / KEPT_IN_FP32)["tensors"])
+        in_fp32 = {name for name, tensor in self.tensors.items() if tensor.dtype == "F32"}
+        if self.dtype[0] != "F32":
+            return in_fp32
+        return {name for name in in_fp32 if name.endswith(CORRECTION_BIAS)}
+
+    @cached_property
+    def unused(self) -> set[str]:
+        """The tensors of next-token-prediction layers, which transformers' classes do not have."""
+        layers = self.config.get("num_hidden_layers") or math.inf
+
+        def is_beyond(name: str) -> bool:
+            number = re.match(r"model\.layers\.(\d+)\.", name)
+            return name.startswith("model.mtp_layers.") or bool(number and int(number[1]) >= layers)
+
+        return {name for name in self.tensors if is_beyond(name)}
+
+    def cast(self, state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Tensors to save, on the CPU: floating-point ones in `dtype`, `fp32_names` in fp32, `unused` as they are."""
+        cast = {}
+        for name, value in state.items():
+            if value.is_floating_point() and name not in self.unused:
+                in_fp32 = name in self.fp32_names or name.endswith(CORRECTION_BIAS)
+                value = value.to("cpu", torch.float32 if in_fp32 else dtype)
+            cast[name] = value
+        return cast
+
+    # ------------------------------------------------------------------------------------------ its files
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """{name: path} of what belongs to the model beside weights and config.json; the tokenizer's own files win.
+        Prints what else is there."""
+        found = files_of_a_model(self.tokenizer_path) if self.tokenizer_path else {}
+        if self.path and not self.path.samefile(self.tokenizer_path):
+            found = files_of_a_model(self.path) | found
+        return found
+
+    @cached_property
+    def contents(self) -> dict[str, bytes]:
+        """{name: content} of `files`."""
+        return {name: path.read_bytes() for name, path in self.files.items()}
+
+    def hold(self) -> None:
+        """Read and open now all that saved directories will get: this directory may be a checkpoint that is rotated
+        away before the run ends."""
+        _ = self.contents, self.opened, self.fp32_names
+
+    def write(self, directory: Path, dtype: torch.dtype | None, masters: bool = False) -> None:
+        """Put the files beside saved weights of `dtype`; None: an adapter, which has no config.json.
+
+        Args:
+            masters: the weights are fp32 although the directory's own are not.
+        """
+        apply_umask(directory)
+        for name, content in (self.contents | self.added).items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(content)
+        if masters and self.fp32_names:
+            write_json(directory / KEPT_IN_FP32, {"tensors": sorted(self.fp32_names)})
+        if dtype is None:
+            return
+        config = self.config or read_json(directory / "config.json") | {"use_cache": True}  # off in the Trainer
+        write_json(directory / "config.json", with_dtype(config, dtype))
+
+
+def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A config.json that names the dtype, by the key that it has."""
+    keys = {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}
+    return config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))

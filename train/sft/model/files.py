@@ -1,0 +1,63 @@
+"""Which files of a directory belong to a model, and which to a run. Training and merging copy the model's, and an
+earlier run's are moved away with its model's."""
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sft.messages import note, read_json
+
+# A model's files beside its weights and config.json. Python files are where an auto_map reaches them.
+OF_A_MODEL = re.compile(
+    r"(?!\.|.*\.(py|env|key|log|gz|tgz|zip|tar|bak)$)("
+    r"(generation|preprocessor|processor)_config\.json|(special_tokens_map|added_tokens)\.json"
+    r"|(tokenizer|vocab|merges|chat_template).*\.(json|jsonl|txt|jinja)|.*\.(tiktoken|model|vocab)"
+    r"|additional_chat_templates/.*\.jinja"
+    r"|(?i:(.*[-_ ])?(licen[cs]e|notice)s?([-_. ].*)?))"
+)
+# What is not named where it is not copied: weights, and what training and merging write.
+OF_A_RUN = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf)(\.index\.json)?|.*\.tmp-\d+|.*\.lock|log_.*\.txt|loss\.png|rng_state.*"
+    r"|(config|adapter_config|base|kept_in_fp32|trainer_state|.*_results)\.json|zero_to_.*\.py|latest|runs"
+    r"|(checkpoint|previous)-.*|global_step.*|additional_chat_templates"
+)
+
+
+def code_files(directory: Path, auto_map: dict | list) -> list[str]:
+    """The Python files that an auto_map reaches, their imports included, those that are missing too."""
+    values = auto_map.values() if isinstance(auto_map, dict) else auto_map
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    waiting, found = [name.split(".")[0] for name in names if isinstance(name, str) and "--" not in name], []
+    if waiting:
+        from transformers.dynamic_module_utils import get_relative_imports  # takes seconds to import: only here
+    while waiting:
+        file = f"{waiting.pop()}.py"
+        if file not in found:
+            found.append(file)
+            with contextlib.suppress(OSError, UnicodeDecodeError):  # a missing one: whoever runs it refuses it
+                waiting += get_relative_imports(directory / file)
+    return found
+
+
+def files_of_a_model(directory: Path, quiet: bool = False) -> dict[str, Path]:
+    """{name: path} of what belongs to a model in a directory, weights and config.json left out. Prints what else is
+    there, unless `quiet`."""
+    paths = [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]
+    by_name = {path.relative_to(directory).as_posix(): path for path in paths}
+    found = {name: path for name, path in by_name.items() if not OF_A_RUN.fullmatch(name)}
+    configs = [path for name in ("config.json", "tokenizer_config.json") if (path := directory / name).is_file()]
+    code = {file for config in configs for file in code_files(directory, read_json(config).get("auto_map") or {})}
+    kept = {n: path for n, path in found.items() if path.is_file() and (n in code or OF_A_MODEL.fullmatch(n))}
+    left = sorted(found.keys() - kept.keys())
+    if (directory / "adapter_config.json").exists():  # PEFT's README.md, and code that came with the adapter
+        left = [name for name in left if not name.endswith((".py", "README.md"))]
+    if left and not quiet:
+        shown = ", ".join(left[:20] + ["…"] * (len(left) > 20))
+        note(f"not copied from {directory}: {shown} (not files of a model)")
+    return kept
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

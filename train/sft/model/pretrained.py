@@ -1,0 +1,70 @@
+"""What from_pretrained loads, of every generation, whole or not at all.
+
+Refused (exit code 2): a tokenizer that does not load or has no chat template; a model that does not load whole.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sft.messages import Refused, choice
+from sft.model.directory import ModelDirectory
+from sft.model.generations import why_not_native
+
+
+def load_tokenizer(path: Path, trusted: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory. Refuses one that does not load or has no chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
+    except Exception as error:  # the directory's own code may raise anything
+        raise Refused(f"the tokenizer in {path} does not load: {type(error).__name__}: {first_line(error)}") from error
+    if not tokenizer.chat_template:
+        raise Refused(f"the tokenizer in {path} has no chat template: rows cannot be rendered")
+    return tokenizer
+
+
+def load_pretrained(directory: ModelDirectory, **options: Any) -> PreTrainedModel:
+    """The model of a directory of any generation, by the code that computes it; options as from_pretrained takes them.
+    Refuses one that does not load, or not whole."""
+    directory.check()
+    options |= {"ignore_mismatched_sizes": True}  # they are refused, with their names
+    try:
+        if directory.brings_old_code:
+            model, info = load_old_code(directory, **options)
+        else:
+            config = AutoConfig.from_pretrained(str(directory.path), trust_remote_code=directory.runs_code)
+            if type(config) in AutoModelForCausalLM._model_mapping:
+                directory.check_tensors(AutoModelForCausalLM._model_mapping[type(config)], config)
+            options |= {"trust_remote_code": directory.runs_code, "output_loading_info": True}
+            model, info = AutoModelForCausalLM.from_pretrained(str(directory.path), **options)
+    except (Refused, torch.cuda.OutOfMemoryError):
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise Refused(f"{directory.name}: does not load: {first_line(error)}") from error
+    odd = {}
+    for kind in ("missing", "mismatched"):  # of what check_tensors does not know: other code, other files
+        odd[kind] = sorted(name if isinstance(name, str) else name[0] for name in info[f"{kind}_keys"])
+    directory.refuse_weights(**odd)
+    return model
+
+
+def load_old_code(directory: ModelDirectory, **options: Any) -> tuple[PreTrainedModel, dict]:
+    """The model of a directory with code of transformers 4.41, and what from_pretrained says of it."""
+    if directory.runs_own_code:
+        from sft.model.remote_code_441 import load_with_own_code
+
+        choice("model code", "the directory's own", why_not_native(directory.config) or "--model_code remote")
+        return load_with_own_code(directory, **options)
+    cls, config = directory.native_class()
+    choice(
+        "model code", f"transformers' {cls.__name__.removesuffix('ForCausalLM')}", "it computes the same model, faster"
+    )
+    directory.check_tensors(cls, config)
+    return cls.from_pretrained(str(directory.path), config=config, **options, output_loading_info=True)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

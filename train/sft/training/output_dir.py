@@ -1,0 +1,108 @@
+"""Whether the output directory is free: no other job, no other run, no model that no run has written.
+
+Refused (exit code 2): what is not; also one that is, or would be moved with, the model to train.
+"""
+
+import fcntl
+import time
+from pathlib import Path
+from typing import IO
+
+import torch
+from transformers import TrainingArguments
+
+from sft.messages import Refused, first_few, note
+from sft.model.files import files_of_a_model
+
+# What a run puts at the top of its directory, beside the files of a model.
+RUN_FILES = (
+    "checkpoint-*", "*.safetensors*", "config.json", "adapter_config.json", "train*_results.json",
+    "trainer_state.json", "training_args.bin", "base.json", "kept_in_fp32.json",
+)  # fmt: skip
+MODEL_MARKS = ("config.json", "adapter_config.json", "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin")
+LOCK = ".lock"
+locks: dict[Path, IO] = {}  # {path: open file}, for as long as this process lives
+
+
+def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_path: str | None) -> bool:
+    """Refuse an output directory that is a file, holds another run, or that overwriting would take the model from.
+
+    Returns whether there is an earlier run to set aside, once the new one is about to begin.
+    """
+    output = Path(args.output_dir)
+    lock_output_dir(args)
+    if output.exists() and not output.is_dir():
+        raise Refused(f"--output_dir {output}: is a file")
+    resumed = args.resume_from_checkpoint and Path(args.resume_from_checkpoint).resolve().parent == output.resolve()
+    for flag, path in (("model", model_path), ("tokenizer", tokenizer_path)):
+        if path is None or resumed or not Path(path).exists():
+            continue
+        if Path(path).resolve().is_relative_to(output.resolve()) and args.overwrite_output_dir:
+            raise Refused(
+                f"--{flag}_name_or_path {path}: lies in --output_dir, which --overwrite_output_dir would move"
+            )
+        if Path(path).resolve() == output.resolve():
+            raise Refused(f"--output_dir {output}: is the {flag}'s own directory, its files would be overwritten")
+    if resumed:
+        return False
+    held = sorted(file.name for mark in MODEL_MARKS for file in output.glob(mark))
+    runs = (output / "train_results.json").exists() or any(output.glob("checkpoint-*"))
+    if held and not runs and not (output / LOCK).exists():
+        raise Refused(
+            f"--output_dir {output}: contains a model that no run has written ({first_few(held)}). It would be "
+            "overwritten: choose another directory"
+        )
+    if not held and not runs:
+        return False
+    if not args.overwrite_output_dir:
+        raise Refused(
+            f"--output_dir {output}: holds another run. Choose another directory, go on with it "
+            "(--resume_from_checkpoint), or set it aside (--overwrite_output_dir)"
+        )
+    return True
+
+
+def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
+    """Refuse an output directory that another job writes to, and keep others out until this process ends. All ranks
+    must call.
+
+    The kernel holds the lock (flock), on a file that stays. It is made when the run is about to `begin`.
+    """
+    path, why = Path(args.output_dir, LOCK), None
+    if args.should_save and path not in locks and (begin or path.exists()):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            locks[path] = open(path, "a")  # noqa: SIM115
+            fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            locks.pop(path).close()
+            why = f"--output_dir {path.parent}: another running job uses it. Choose another directory, or end that job"
+        except OSError as error:
+            if path not in locks:
+                why = f"--output_dir {path.parent}: cannot be written ({error.strerror})"
+            else:
+                note(f"{path.parent}: is not locked, its file system has no locks ({error.strerror})")
+    ranks = [why] * args.world_size
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(ranks, why)
+    if any(ranks):
+        raise Refused(next(filter(None, ranks)))
+
+
+def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:
+    """Keep other jobs out, and set an earlier run aside: this one begins. All ranks must call."""
+    lock_output_dir(args, begin=True)
+    if earlier_run and args.should_save:
+        set_aside(Path(args.output_dir))
+
+
+def set_aside(output_dir: Path) -> None:
+    """Move an earlier run's checkpoints, final model and results into `previous-<time>/`; logs and curves stay."""
+    found = [file for pattern in RUN_FILES for file in output_dir.glob(pattern)]
+    found += files_of_a_model(output_dir, quiet=True).values()
+    earlier = output_dir / time.strftime("previous-%Y%m%d-%H%M%S")
+    for file in found:
+        place = earlier / file.relative_to(output_dir)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(place)
+    note(f"--overwrite_output_dir: the earlier run in {output_dir} was moved to {earlier}")
