@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TRAIN, free_port, run_command
+from conftest import TRAIN, run_command
+from runs import free_port
 from sft.messages import Refused
 from sft.training import output_dir
 
@@ -102,7 +103,7 @@ def test_train_sh_refuses_before_it_starts_anything(env, flags, says, tmp_path):
 def test_an_unknown_number_of_gpus_is_not_0(tmp_path):
     """T15: refused, unless it is given."""
     train = shutil.copytree(TRAIN, tmp_path / "train", ignore=shutil.ignore_patterns("output", "__pycache__"))
-    with (train / "sft" / "nodes" / "agent.py").open("a") as file:
+    with (train / "sft" / "nodes" / "examine.py").open("a") as file:
         file.write("\n\ndef number_of_gpus(env):\n    return None\n")
     command, env = ["bash", str(train / "train.sh")], {"MODEL_PATH": "m"}
     run = run_command(command, env=env)
