@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 from sft.nodes.examine import examine
 
@@ -106,7 +107,8 @@ class Ranks:
     """The processes that torch's agent starts."""
 
     def __init__(self, number: int):
-        self.number, self.found = number, []
+        self.number = number
+        self.found: list = []
 
     def alive(self) -> list:
         """Those that have not ended."""
@@ -144,13 +146,13 @@ def run(job: dict, orders: queue.SimpleQueue) -> tuple[int, str]:
     failed: list[tuple] = []
     torch_agent = threading.Thread(target=call_torch, args=(job, failed), daemon=True)
     torch_agent.start()
-    ranks, signalled_at, kill_at = Ranks(job["slots"]), None, None
+    ranks, signalled_at, kill_at = Ranks(job["slots"]), 0.0, 0.0
     while torch_agent.is_alive():
         order = {}
         with contextlib.suppress(queue.Empty):
             order = orders.get(timeout=0.1)
         now, alive = time.monotonic(), ranks.alive()
-        if "signal" in order and signalled_at is None:
+        if "signal" in order and not signalled_at:
             signalled_at = now
             ranks.send(order["signal"])
             if not alive:  # none is started yet
@@ -226,7 +228,7 @@ class Agent:
         made, self.made = self.made, []
         if job["log"]:
             made[:0] = [] if os.path.lexists(job["log"]) else [os.path.abspath(job["log"])]
-            tee = subprocess.Popen(["tee", "-a", job["log"]], stdin=subprocess.PIPE, start_new_session=True)
+            tee: Any = subprocess.Popen(["tee", "-a", job["log"]], stdin=subprocess.PIPE, start_new_session=True)
             os.dup2(tee.stdin.fileno(), 1)
             os.dup2(1, 2)
             tee.stdin.close()

@@ -26,9 +26,11 @@ from sft.nodes.preflight import examine, number_from, read_nodes
 from sft.nodes.ssh import Node
 from sft.processes import free_port
 
-FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_", "CUDA_", "DS_", "WANDB_", "PYTORCH_", "TRANSFORMERS_", "TQDM_")
-FORWARDED += ("SHARP_", "SWANLAB_", "TRACKIO_", "MLFLOW_", "MODELSCOPE_", "TORCHINDUCTOR_", "TOKENIZERS_", "TRITON_")
-FORWARDED += ("UCX_", "FI_", "MKL_", "CUBLAS_")
+FORWARDED = (
+    "NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_", "CUDA_", "DS_", "WANDB_", "PYTORCH_", "TRANSFORMERS_", "TQDM_",
+    "SHARP_", "SWANLAB_", "TRACKIO_", "MLFLOW_", "MODELSCOPE_", "TORCHINDUCTOR_", "TOKENIZERS_", "TRITON_",
+    "UCX_", "FI_", "MKL_", "CUBLAS_",
+)  # fmt: skip
 SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")  # what a container sets is not there in a session of ssh
 BEAT_SECONDS = 2
 GRACE_SECONDS = 3  # for the other nodes' processes to end by themselves, once one has failed

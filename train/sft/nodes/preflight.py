@@ -36,7 +36,7 @@ NO_ANSWER = f"nvidia-smi -L fails or takes more than {GPU_SECONDS} s"
 
 def read_nodes(env: dict[str, str]) -> list[Node]:
     """The nodes, the chief first, with their ranks. Raises Refused for what is malformed or contradicts itself."""
-    name = next((name for name in ("NODE_IP_LIST", "IP_LIST") if env.get(name)), None)
+    name = next((name for name in ("NODE_IP_LIST", "IP_LIST") if env.get(name)), "")
     if env.get("IP_LIST") and env[name] != env["IP_LIST"]:
         raise Refused(f"NODE_IP_LIST={env[name]} and IP_LIST={env['IP_LIST']}: two names of one list; set one")
     own = number_from(env, "HOST_GPU_NUM")
@@ -99,7 +99,7 @@ def visit(nodes: list[Node]) -> None:
         raise Refused("NODE_IP_LIST: there is no ssh on this machine: apt-get install openssh-client")
     if not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp():
         return
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.DEVNULL) | {"stderr": subprocess.PIPE}
     hosts = [node.host for node in nodes[1:]]
     attempts = [subprocess.Popen([*ssh_command(host, "-oBatchMode=yes"), "true"], **pipes) for host in hosts]
     for host, attempt in zip(hosts, attempts, strict=True):

@@ -49,9 +49,9 @@ class Node:
     number: int = 0  # 0 is the chief
     first_rank: int = 0
     facts: dict = field(default_factory=dict)
-    process: subprocess.Popen | None = None
-    output: io.TextIOWrapper | None = None
-    stderr: Any = None  # a file
+    process: Any = None  # these three once it is connected
+    output: Any = None
+    stderr: Any = None
     error: str = ""  # the last line of the ranks that names an error
 
     def connect(self, env: dict[str, str]) -> None:
@@ -85,7 +85,7 @@ class Node:
         timer = threading.Timer(LONGEST_SECONDS, self.process.kill)
         timer.daemon = True
         timer.start()
-        answer = next((json.loads(line) for line in self.output if line.startswith("{")), {})
+        answer: dict = next((json.loads(line) for line in self.output if line.startswith("{")), {})
         timer.cancel()
         return answer
 
