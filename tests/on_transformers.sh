@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The integration tests on another release of transformers:
+# The tests of scripts and ranks on another release of transformers:
 #
 #     tests/on_transformers.sh 5.17.0 [further arguments of pytest]
 #
@@ -20,4 +20,4 @@ echo "$borrowed" > "$own/borrowed.pth"
 
 export PATH="$folder/venv/bin:$PATH"
 python -c 'import transformers; print("transformers", transformers.__version__, "from", transformers.__file__)'
-python -m pytest tests/integration "$@"
+python -m pytest tests/integration tests/distributed "$@"

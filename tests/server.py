@@ -8,6 +8,7 @@ forks is as good as new. What the libraries read when they are imported (FIXED) 
 """
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -43,7 +44,8 @@ def import_everything() -> None:
     """What train.py and the other scripts import, or may import later."""
     sys.path.insert(0, str(TRAIN))
     for name in MODULES:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # another release of transformers has not every class
+            importlib.import_module(name)
     import sft
 
     for module in pkgutil.walk_packages(sft.__path__, "sft."):
