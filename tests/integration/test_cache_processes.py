@@ -60,6 +60,17 @@ def test_a_worker_that_is_killed_is_named(tokenizer, folder, tmp_path, monkeypat
     assert not entries(folder)
 
 
+def test_a_worker_that_is_ended_before_it_begins_does_not_go_on_as_its_parent():
+    with tokenized.sigterm_raises():
+        worker = os.fork()
+        if worker == 0:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 128 + signal.SIGTERM
+
+
 PASS = """
 import sys, time
 sys.path.insert(0, {train!r})

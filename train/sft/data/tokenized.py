@@ -223,7 +223,14 @@ def work(lines: list[Line]) -> tuple[pa.Table, Report]:
 @contextmanager
 def sigterm_raises():
     """SIGTERM ends the pass as Ctrl-C does, by an exception: what it has written so far is removed."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    parent = os.getpid()
+
+    def stop(number, _):
+        if os.getpid() != parent:  # a worker just forked; an exception would make it go on as a copy of its parent
+            os._exit(128 + number)
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
