@@ -165,6 +165,7 @@ def write_final_files(
     if not args.should_save:
         return
     output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
     state = read_trainer_state(checkpoint)
     best = checkpoint.with_name(Path(state.get("best_model_checkpoint") or checkpoint).name)
     weights = best if args.load_best_model_at_end and best.is_dir() else checkpoint
