@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft.arguments import DataArguments, ModelArguments, TrainingArguments
 from sft.data.batches import Collator, Data, load_data
-from sft.model.load import accepts_loss_kwargs, check_packing, load_model, takes_supervised_head
+from sft.model.load import accepts_loss_kwargs, check_own_class, load_model, takes_supervised_head
 from sft.training.environment import exit_all_ranks, wait_for_ranks_before_refusing
 from sft.training.go_on import GoOn
 from sft.training.output_dir import begin_output_dir, check_output_dir
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     # 3. Model. Seeded before: what is drawn at random is drawn here.
     set_seed(training_args.seed)
     model = load_model(model_args, training_args, start.tokenizer, start.directory, start.checkpoint)
-    check_packing(model, data_args.packing)
+    check_own_class(model, data_args.packing, training_args.label_smoothing_factor)
 
     # 4. Trainer.
     trainer = make_trainer(model, model_args, data_args, training_args, start, data, probe)
@@ -88,11 +88,13 @@ def make_trainer(
         packing=data_args.packing,
         supervised_head=takes_supervised_head(model, training_args),
     )
-    callbacks = [StopOnNonFinite()] + ([probe] if probe else [])
+    callbacks = [StopOnNonFinite()]
+    if probe:
+        callbacks.append(probe)
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
-    # a class of a directory's own does not take the number of tokens of the whole step
-    own_loss = accepts_loss_kwargs(model) or training_args.label_smoothing_factor
+    # of a class that takes no number of tokens, the loss is computed here, over the whole step
+    loss_func = None if accepts_loss_kwargs(model) or training_args.label_smoothing_factor else mean_loss
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -100,7 +102,7 @@ def make_trainer(
         eval_dataset=data.evaluation,
         data_collator=collator,
         callbacks=callbacks,
-        compute_loss_func=None if own_loss else mean_loss,
+        compute_loss_func=loss_func,
         meter=Meter(),
         companions=start.directory,
         router_aux_loss_coef=model_args.router_aux_loss_coef,

@@ -123,6 +123,16 @@ def test_what_is_saved_is_the_bases_own_shape_when_transformers_class_trains(
     assert {k: t.shape for k, t in saved.items()} == {k: t.shape for k, t in given.items()}
 
 
+def test_label_smoothing_is_refused_where_labels_would_not_be_shifted(
+    model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path
+):
+    args = ["--model_name_or_path", model_dir("remote", example_tokenizer_dir), "--train_data_file", example_rows]
+    args += ["--output_dir", tmp_path / "out", "--label_smoothing_factor", 0.1, "--max_steps", 1]
+    run = run_train([*args, "--model_code", "remote"])
+    assert run.returncode == 2 and "--label_smoothing_factor: not with the code" in run.stderr, run.stderr[-2000:]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("code", ["auto", "remote"])
 def test_transformers_own_type_with_code_beside_it(
     code, model_dir, example_tokenizer_dir, example_rows, run_train, losses, tmp_path

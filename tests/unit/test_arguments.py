@@ -37,6 +37,14 @@ def test_min_lr_reaches_the_cosine_schedule():
     assert args.lr_scheduler_kwargs == {"min_lr_rate": pytest.approx(0.1)}
 
 
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_min_lr_reaches_the_schedules_that_follow_the_loss(schedule):
+    flags = ["--lr_scheduler_type", schedule, "--eval_split", "0.1", "--min_lr", "1e-6"]
+    assert parse_arguments([*BASE, *flags])[2].lr_scheduler_kwargs == {"min_lr": 1e-6}
+    own = parse_arguments([*BASE, *flags, "--lr_scheduler_kwargs", '{"min_lr": 1e-7}'])[2]
+    assert own.lr_scheduler_kwargs == {"min_lr": 1e-7}
+
+
 def test_optional_switches_need_no_value():
     model, _, _ = parse_arguments([*BASE, "--use_qk_norm", "--use_mixed_mlp_moe", "--trust_remote_code", "false"])
     assert (model.use_qk_norm, model.use_mixed_mlp_moe, model.trust_remote_code) == (True, True, False)

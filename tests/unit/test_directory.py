@@ -44,6 +44,7 @@ F32, BF16 = torch.float32, torch.bfloat16
         ("bfloat16", {WEIGHT: F32, ROUTER: F32, BIAS: F32}, "F32", {BIAS}),  # it says so, and is not
         ("float32", {WEIGHT: BF16, ROUTER: F32}, "F32", set()),
         ("float16", {WEIGHT: torch.float16}, "F16", set()),
+        ("bfloat16", {WEIGHT: BF16, BIAS: BF16}, "BF16", {BIAS}),
     ],
 )
 def test_what_stays_fp32_in_half_precision(dtype, tensors, expected, fp32, tmp_path):

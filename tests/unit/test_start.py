@@ -10,7 +10,18 @@ from conftest import TRAIN
 from sft import parser, start
 from sft.messages import Refused
 
-EXAMPLE = ["--num_layers", "4", "--learning_rate", "4e-3", "--min_lr", "1e-4", "--warmup_steps", "50"]
+EXAMPLE = [
+    "--num_layers",
+    "4",
+    "--max_steps",
+    "800",
+    "--learning_rate",
+    "4e-3",
+    "--min_lr",
+    "1e-4",
+    "--warmup_steps",
+    "50",
+]
 LORA = ["--learning_rate", "1e-4", "--min_lr", "1e-5"]
 RECIPE = [
     "--bf16",
@@ -118,6 +129,17 @@ def test_the_example(started):
     )
     assert values["tokenizer_name_or_path"] == str(TRAIN / "example" / "tokenizer")
     assert "model = the embedded example (MODEL_PATH is not set)" in choices
+
+
+@pytest.mark.parametrize(("flag", "excluded"), [("warmup_ratio", "warmup_steps"), ("num_train_epochs", "max_steps")])
+def test_what_would_win_over_a_flag_goes(flag, excluded, started):
+    values, _, _ = started(f"--{flag}", 0.1)
+    assert values[flag] == 0.1 and excluded not in values
+
+
+def test_on_a_cpu_by_choice_a_run_goes_on_with_as_many_processes(started):
+    started("--use_cpu", MODEL_PATH="/m/a", TRAIN_DATA_FILE="r", gpus=8)
+    assert os.environ["GO_ON_WITH"] == "HOST_GPU_NUM=1 bash /x/train.sh"
 
 
 def test_a_run_that_goes_on_gets_no_recipe(started, tmp_path):

@@ -145,6 +145,9 @@ class TrainingArguments(transformers.TrainingArguments):
 
 GROUPS = (ModelArguments, DataArguments, TrainingArguments)
 
+# Schedules with a lowest rate of their own; for the others see training/trainer.py.
+KNOW_A_LOWEST_RATE = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
+
 
 def settable() -> list[Field]:
     """The field of every flag that is read, in the order of the three dataclasses."""
@@ -251,13 +254,15 @@ def use_todays_names(values: dict[str, Any]) -> None:
 
 
 def set_lowest_rate(values: dict[str, Any]) -> None:
-    """Give the schedules that know a lowest rate --min_lr, as a share of the highest. Under ZeRO-3 an absolute one
-    asks the optimiser for a value that it does not have."""
-    if values["lr_scheduler_type"] not in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+    """Give the schedules that know a lowest rate --min_lr. The cosine ones get a share of the highest: under ZeRO-3 an
+    absolute one asks the optimiser for a value that it does not have."""
+    if values["lr_scheduler_type"] not in KNOW_A_LOWEST_RATE:
         return
     own = values["lr_scheduler_kwargs"] or {}
     own = json.loads(own) if isinstance(own, str) else dict(own)
-    if "min_lr_rate" not in own:
+    if not values["lr_scheduler_type"].startswith("cosine"):
+        own.setdefault("min_lr", values["min_lr"])
+    elif "min_lr_rate" not in own:
         own["min_lr_rate"] = own.pop("min_lr", values["min_lr"]) / (values["learning_rate"] or 1)
     values["lr_scheduler_kwargs"] = own
 

@@ -60,7 +60,7 @@ def run_script(
     main: Callable[[], object],
     stopped: str = "",
     all_refuse: Callable[[], bool] = lambda: False,
-    leave: Callable[[int | str], NoReturn] = sys.exit,
+    leave: Callable[[int], NoReturn] = sys.exit,
 ) -> NoReturn:
     """Run a script's `main`, then end the process: with 0, with 2 and one message where it refuses, at Ctrl-C by the
     signal.
@@ -70,7 +70,7 @@ def run_script(
         all_refuse: of several ranks, waits for the others and returns whether all of them refuse.
         leave: ends the process with an exit code.
     """
-    code: int | str = 0
+    code = 0
     try:
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is tidied up
@@ -83,7 +83,9 @@ def run_script(
             time.sleep(REFUSAL_SECONDS)  # for rank 0 to say the same: its end ends this rank
             report_refusal(refusal)
     except SystemExit as end:
-        code = end.code or 0
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         end_by_ctrl_c(stopped)
     leave(code)

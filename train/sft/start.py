@@ -42,6 +42,8 @@ FLAG_OF = {
     "DS_CONFIG": "deepspeed",
     "STALL_TIMEOUT": "ddp_timeout",
 }
+# A flag, and what of the recipe would win over it.
+EXCLUDES = {"warmup_steps": "warmup_ratio", "warmup_ratio": "warmup_steps", "num_train_epochs": "max_steps"}
 # What a run that goes on is started with again.
 WHERE = (
     "HOST_GPU_NUM", "CUDA_VISIBLE_DEVICES", "NODE_IP_LIST", "IP_LIST", "LOCAL_IP", "SSH_PORT", "MASTER_PORT",
@@ -148,8 +150,9 @@ def left_of(recipe: list[str], given: dict[str, Any], gpus: int) -> list[str]:
     excluded = set(given)
     if not gpus or given.get("fp16"):
         excluded.add("bf16")
-    if "warmup_steps" in given:
-        excluded.add("warmup_ratio")
+    for flag, other in EXCLUDES.items():
+        if flag in given:
+            excluded.add(other)
     if given.get("learning_rate", math.inf) < values.get("min_lr", 0):  # the recipe's lowest is above the given rate
         excluded.add("min_lr")
     return [word for flag, words in words_of.items() if flag not in excluded for word in words]
@@ -178,7 +181,8 @@ def logged(log: Path) -> Iterator[None]:
         sys.stderr.flush()
         for number, own in zip((1, 2), kept):
             os.dup2(own, number)
-        tee.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that has detached itself may hold it
+            tee.wait(timeout=10)
 
 
 def run(job: Job, command: list[str], values: dict[str, Any]) -> int:
@@ -222,9 +226,12 @@ def main(argv: list[str]) -> None:
     flags = with_config_file(flags)
     given = parse_flags(flags)
     job = Job(given, read_variables(given))
-    go_on = [f"{name}={shlex.quote(os.environ[name])}" for name in WHERE if os.environ.get(name)]
-    os.environ["GO_ON_WITH"] = " ".join([*go_on, "bash", shlex.quote(argv[0])])  # printed at Ctrl-C
     gpus = choose_machine(job)
+    go_on = {name: os.environ[name] for name in WHERE if os.environ.get(name)}
+    if given.get("use_cpu"):  # the run's, and then again as many processes
+        go_on["HOST_GPU_NUM"] = job.variables["HOST_GPU_NUM"]
+    words = [f"{name}={shlex.quote(value)}" for name, value in go_on.items()]
+    os.environ["GO_ON_WITH"] = " ".join([*words, "bash", shlex.quote(argv[0])])  # printed at Ctrl-C
     recipe = choose_model(job, argv[0], recipe, lora, example)
     command = [str(TRAIN / "train.py"), *left_of(recipe, given, gpus)]
     for name, flag in FLAG_OF.items():
@@ -240,11 +247,11 @@ def main(argv: list[str]) -> None:
     sys.exit(run(job, command, values))
 
 
-def exit_past_threads(code: int | str) -> NoReturn:
+def exit_past_threads(code: int) -> NoReturn:
     """End the process although torch's agent may still wait in a thread."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(int(code))
+    os._exit(code)
 
 
 if __name__ == "__main__":

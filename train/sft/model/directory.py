@@ -43,7 +43,7 @@ class ModelDirectory:
     Args:
         path: of the model; None: a model built from flags, which has a tokenizer's files alone.
         tokenizer: the tokenizer's directory; None: the model's.
-        trusted, tokenizer_trusted: whether code that each of both brings may run.
+        trusted, tokenizer_trusted: whether the model's code, and the tokenizer's, may run.
         model_code: auto, native or remote, as `--model_code`.
         name: what messages call it; default: the path.
         hub_id: what it was called before its files were fetched.
@@ -190,10 +190,10 @@ class ModelDirectory:
         half precision (a router), and the correction bias of Hy3 and Hy4."""
         if self.path and (self.path / KEPT_IN_FP32).is_file():
             return set(read_json(self.path / KEPT_IN_FP32)["tensors"])
-        in_fp32 = {name for name, tensor in self.tensors.items() if tensor.dtype == "F32"}
+        names = {name for name in self.tensors if name.endswith(CORRECTION_BIAS)}
         if self.dtype[0] != "F32":
-            return in_fp32
-        return {name for name in in_fp32 if name.endswith(CORRECTION_BIAS)}
+            names |= {name for name, tensor in self.tensors.items() if tensor.dtype == "F32"}
+        return names
 
     @cached_property
     def unused(self) -> set[str]:
@@ -251,7 +251,8 @@ class ModelDirectory:
             write_json(directory / KEPT_IN_FP32, {"tensors": sorted(self.fp32_names)})
         if dtype is None:
             return
-        config = self.config or read_json(directory / "config.json") | {"use_cache": True}  # off in the Trainer
+        saved = directory / "config.json"
+        config = self.config or (read_json(saved) | {"use_cache": True})  # which is off in the Trainer
         write_json(directory / "config.json", with_dtype(config, dtype))
 
 

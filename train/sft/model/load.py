@@ -143,10 +143,15 @@ def load_model(
     return model
 
 
-def check_packing(model: PreTrainedModel, packing: str) -> None:
-    """Refuse packing where attention would run across rows: transformers' own classes tell them by `position_ids`."""
-    if packing != "none" and not is_transformers_own(without_adapter(model)):
+def check_own_class(model: PreTrainedModel, packing: str, label_smoothing: float) -> None:
+    """Refuse what only transformers' own classes do right: packing, where attention would run across rows (they tell
+    rows apart by `position_ids`), and label smoothing, for which the Trainer would not shift the labels."""
+    if is_transformers_own(without_adapter(model)):
+        return
+    if packing != "none":
         raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
+    if label_smoothing:
+        raise Refused("--label_smoothing_factor: not with the code that a directory brings; leave it out")
 
 
 def note_ignored_architecture(args: ModelArguments) -> None:

@@ -228,7 +228,7 @@ class Agent:
         made, self.made = self.made, []
         if job["log"]:
             made[:0] = [] if os.path.lexists(job["log"]) else [os.path.abspath(job["log"])]
-            tee: Any = subprocess.Popen(["tee", "-a", job["log"]], stdin=subprocess.PIPE, start_new_session=True)
+            tee: Any = subprocess.Popen(["tee", "-a", "--", job["log"]], stdin=subprocess.PIPE, start_new_session=True)
             os.dup2(tee.stdin.fileno(), 1)
             os.dup2(1, 2)
             tee.stdin.close()

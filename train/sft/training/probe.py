@@ -79,7 +79,7 @@ class Probe(TrainerCallback):
         """Show a few prompts with the answers before and after, and the score."""
         score = self.results()
         step = max(1, len(self.expected) // number)
-        for i in range(0, step * number, step):
+        for i in range(0, len(self.expected), step)[:number]:
             print(f"  {self.questions[i]}")
             for when, answers in (("before:", self.before), ("after: ", self.after)):
                 start = " ".join(answers[i].split())[:30]

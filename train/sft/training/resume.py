@@ -64,6 +64,7 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     state = read_json(file) if file.is_file() else {}
     if not {"global_step", "log_history"} <= set(state) or (checkpoint / "train_results.json").exists():
         why = "it has no whole trainer_state.json" if checkpoint.is_dir() else "no such directory"
+        why = "it is a run's directory without checkpoints" if (checkpoint / "train_results.json").exists() else why
         inner = max(checkpoint.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
         why = f"it is a run's directory: give {inner}" if inner else why
         raise Refused(f"--resume_from_checkpoint {checkpoint}: is not a checkpoint ({why})")

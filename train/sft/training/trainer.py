@@ -10,9 +10,10 @@ from torch.utils.data import SequentialSampler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from sft.arguments import KNOW_A_LOWEST_RATE
 from sft.data.batches import Filled
 from sft.data.examples import IGNORE_INDEX
-from sft.messages import choice
+from sft.messages import Refused, choice
 from sft.model.directory import ModelDirectory
 from sft.model.load import without_adapter
 from sft.model.moe import Routers, moe_layers
@@ -27,8 +28,6 @@ from sft.training.save import (
     write_deepspeed_latest,
     write_on_this_rank,
 )
-
-TAKES_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
 
 
 def mean_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -180,7 +179,7 @@ class Trainer(transformers.Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """The scheduler, with `--min_lr` as its lowest learning rate."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self.args.min_lr and self.args.lr_scheduler_type not in TAKES_MIN_LR:
+        if self.args.min_lr and self.args.lr_scheduler_type not in KNOW_A_LOWEST_RATE:
             low = self.args.min_lr / self.args.learning_rate
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
             scheduler.lr_lambdas = [with_min_lr(factor, warmup_steps, low) for factor in scheduler.lr_lambdas]
@@ -210,7 +209,11 @@ class Trainer(transformers.Trainer):
         if self.is_deepspeed_enabled or self.is_adapter:
             return super()._load_best_model()
         code = "native" if is_transformers_own(self.model) else "remote"
-        best = load_pretrained(ModelDirectory(self.state.best_model_checkpoint, model_code=code), dtype="auto")
+        directory = ModelDirectory(self.state.best_model_checkpoint, model_code=code)
+        try:
+            best = load_pretrained(directory, dtype="auto")
+        except Refused as refusal:  # the run has trained: this is a failure, not a refusal
+            raise RuntimeError(f"the best checkpoint: {refusal}") from refusal
         self.model.load_state_dict(best.state_dict())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
