@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from sft.data.chat_format import ChatFormat
 from sft.data.examples import Examples, Options, encode_rows, load_examples
 from sft.data.rows import data_files, read_lines
 from sft.messages import Parser, Refused, run_script
+from sft.model.pretrained import load_tokenizer
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 WIDTH = 50  # characters of the longest bar
@@ -38,25 +39,14 @@ def main(argv: list[str]) -> None:
     if args.max_seq_length < 2:
         raise Refused(f"--max_seq_length {args.max_seq_length}: must be at least 2")
     logging.set_verbosity_error()
-    tokenizer = load(args.model)
+    if not Path(args.model).is_dir():
+        raise Refused(f"--model {args.model}: no such directory")
+    tokenizer = load_tokenizer(Path(args.model))
     options = Options(args.max_seq_length, args.train_on, args.overlong)
     if args.row is None:
         show_file(load_examples(args.file, tokenizer, options, args.bad_rows, flag="--file"))
     else:
         show_row(args.file, args.row, tokenizer, options)
-
-
-def load(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local directory, its own code included. Raises Refused."""
-    if not Path(path).is_dir():
-        raise Refused(f"--model {path}: no such directory")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-    except Exception as error:  # the directory's own code may raise anything
-        raise Refused(f"--model {path}: its tokenizer does not load ({type(error).__name__})") from error
-    if not tokenizer.chat_template:
-        raise Refused(f"--model {path}: its tokenizer has no chat template")
-    return tokenizer
 
 
 def show_row(patterns: list[str], number: int, tokenizer: PreTrainedTokenizerBase, options: Options) -> None:

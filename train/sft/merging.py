@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from sft.messages import Refused, choice, first_few, read_json
-from sft.model.directory import ModelDirectory, write_json
+from sft.model.directory import ModelDirectory
+from sft.model.files import write_json
 from sft.model.weight_files import DTYPES, INDEX, Stored, open_tensors
 
 SAVE_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}  # as --save_dtype and as safetensors headers spell them

@@ -123,7 +123,7 @@ class ModelDirectory:
     # ------------------------------------------------------------------------------------------ whose code runs
 
     @property
-    def runs_code(self) -> bool:
+    def may_run_code(self) -> bool:
         """Whether its Python files are run where it names any."""
         return self.trusted and self.model_code != "native"
 
@@ -137,7 +137,7 @@ class ModelDirectory:
         """Whether the code that it brings computes the model, and not transformers' class."""
         if self.brings_old_code:
             return runs_own_code(self.config, self.model_code)
-        return self.runs_code and "AutoModelForCausalLM" in (self.config.get("auto_map") or {})
+        return self.may_run_code and "AutoModelForCausalLM" in (self.config.get("auto_map") or {})
 
     def native_class(self) -> tuple[Any, Any]:
         """transformers' own class for it, and its configuration."""

@@ -35,10 +35,10 @@ def load_pretrained(directory: ModelDirectory, **options: Any) -> PreTrainedMode
         if directory.brings_old_code:
             model, info = load_old_code(directory, **options)
         else:
-            config = AutoConfig.from_pretrained(str(directory.path), trust_remote_code=directory.runs_code)
+            config = AutoConfig.from_pretrained(str(directory.path), trust_remote_code=directory.may_run_code)
             if type(config) in AutoModelForCausalLM._model_mapping:
                 directory.check_tensors(AutoModelForCausalLM._model_mapping[type(config)], config)
-            options |= {"trust_remote_code": directory.runs_code, "output_loading_info": True}
+            options |= {"trust_remote_code": directory.may_run_code, "output_loading_info": True}
             model, info = AutoModelForCausalLM.from_pretrained(str(directory.path), **options)
     except (Refused, torch.cuda.OutOfMemoryError):
         raise

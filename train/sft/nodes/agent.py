@@ -31,6 +31,7 @@ with contextlib.suppress(ImportError):  # a node without it is still examined
 
 SILENCE_SECONDS = 30  # the launcher, or the network to it, is gone
 KILL_SECONDS = 10  # from SIGTERM to SIGKILL
+SAME_SIGNAL_SECONDS = 2  # a container's processes are signalled at once: the ranks, and their launcher, too
 STATES = {"stopped": "stopped (SIGSTOP)", "disk-sleep": "waiting for a disk"}
 
 # A rank ends with the agent, however that ends, and one process alone is no distributed job.
@@ -135,8 +136,8 @@ def run(job: dict, orders: queue.SimpleQueue) -> tuple[int, str]:
     Args:
         job: command (without the interpreter), world_size, nodes (how many), master [host, port], output (a directory,
             or None), and of this node: number, host, slots, first_rank.
-        orders: {"signal": number} for every rank, {"end": True}. A second signal is an end, too, if it comes later
-            than what signals every process of a container at once.
+        orders: {"signal": number} for every rank, {"end": True}. A second signal ends the ranks, if it comes more than
+            SAME_SIGNAL_SECONDS after the first.
     """
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the ranks inherit what we have
     os.environ["PYTHONIOENCODING"] = "utf-8"
@@ -158,7 +159,7 @@ def run(job: dict, orders: queue.SimpleQueue) -> tuple[int, str]:
             if not alive:  # none is started yet
                 failed.append((job["first_rank"], -order["signal"], ""))
                 break
-        elif "end" in order or "signal" in order and now - signalled_at > 2:
+        elif "end" in order or ("signal" in order and now - signalled_at > SAME_SIGNAL_SECONDS):
             ranks.send(signal.SIGTERM)
             kill_at = kill_at or now + KILL_SECONDS
         if kill_at and not alive:

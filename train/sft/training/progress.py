@@ -2,7 +2,6 @@
 loss."""
 
 import math
-import os
 import re
 import resource
 import sys
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from sft.data.examples import IGNORE_INDEX
+from sft.messages import is_first_rank
 from sft.model.files import write_json
 from sft.model.moe import first_of
 from sft.training.probe import Probe
@@ -55,7 +55,7 @@ class ProgressLine(ProgressCallback):
 def stop_if_not_finite(loss: float, step: int) -> None:
     """End the run with exit code 3 when a loss is nan or infinite. Every rank must see the same value."""
     if not math.isfinite(loss):
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_rank():
             print(f"stopped: the loss is {loss} at step {step}", file=sys.stderr, flush=True)
         sys.exit(EXIT_NON_FINITE)
 

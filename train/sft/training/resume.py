@@ -24,7 +24,7 @@ from sft.model.directory import ModelDirectory
 from sft.model.files import write_json
 from sft.model.load import check_same_tokenizer, fetch, open_directory
 from sft.model.pretrained import load_tokenizer
-from sft.model.weight_files import open_tensors
+from sft.model.weight_files import INDEX, open_tensors
 from sft.training.go_on import losses_so_far
 from sft.training.output_dir import lock_output_dir
 from sft.training.progress import Meter
@@ -172,18 +172,23 @@ def write_final_files(
     weights = best if args.load_best_model_at_end and best.is_dir() else checkpoint
     is_adapter = (checkpoint / "adapter_config.json").is_file()
     dtype = torch.float32 if is_adapter else save_dtype(args)
+    total_size = 0
     for file in weights.glob("*.safetensors"):
-        save_file(directory.cast(load_file(file), dtype), output / file.name, metadata={"format": "pt"})
-    for name in ("config.json", "model.safetensors.index.json"):
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, output / name)
+        open_tensors(file)  # refuses one that is cut
+        saved = directory.cast(load_file(file), dtype)
+        total_size += sum(value.nbytes for value in saved.values())
+        save_file(saved, output / file.name, metadata={"format": "pt"})
+    if (weights / INDEX).is_file():
+        index = read_json(weights / INDEX)
+        write_json(output / INDEX, index | {"metadata": index.get("metadata", {}) | {"total_size": total_size}})
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("base.json", "path")):
         if (checkpoint / name).is_file():
             content = read_json(checkpoint / name) | ({} if any_base else {key: directory.base_name})
             text = json.dumps(content, indent=2 if name == "adapter_config.json" else None)
             (output / name).write_text(text, encoding="utf-8")
     directory.write(output, None if is_adapter else dtype)
-    shutil.copyfile(checkpoint / "trainer_state.json", output / "trainer_state.json")
+    for name in ("trainer_state.json", "training_args.bin"):
+        shutil.copyfile(checkpoint / name, output / name)
     if not (output / "train_results.json").exists():
         losses = losses_so_far(state)
         mean = (losses["logged"] + losses["unlogged"]) / state["global_step"]
