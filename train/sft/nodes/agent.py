@@ -272,6 +272,7 @@ def hang_up(session: int) -> None:
 
 
 def main() -> None:
+    """Follow the launcher's orders until the job has ended here, and end the process with the node's exit code."""
     agent, code = Agent(), 0
     for number in (signal.SIGINT, signal.SIGHUP):  # what is meant for the ranks comes from the launcher
         signal.signal(number, lambda number, frame: None)  # not SIG_IGN, which the ranks would inherit
