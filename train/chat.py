@@ -12,7 +12,6 @@ are missing, an adapter whose base is not there, that does not fit it or that wa
 
 import contextlib
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from jinja2 import TemplateError
 from sft.messages import OUTPUT_ROOT, Parser, Refused, newest, read_json, run_script
 from sft.model.adapter_base import check_base
 from sft.model.directory import ModelDirectory
+from sft.model.files import ADAPTER_FILE
 from sft.model.weight_files import INDEX
 
-ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FILES = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -62,7 +61,11 @@ def choose(model_dir: str | None, adapter_dir: str | None) -> tuple[Path, Path |
 
 def load(model_dir: Path, adapter: Path | None, any_base: bool) -> tuple[Any, Any]:
     """(tokenizer, model) ready to generate: on the GPUs if there are any, in the dtype that config.json says."""
-    from sft.model.pretrained import load_pretrained, load_tokenizer  # takes seconds: only once the paths are right
+    from sft.model.pretrained import (  # takes seconds: only once the paths are right
+        load_adapter,
+        load_pretrained,
+        load_tokenizer,
+    )
 
     gpu = torch.cuda.is_available()
     has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
@@ -73,7 +76,7 @@ def load(model_dir: Path, adapter: Path | None, any_base: bool) -> tuple[Any, An
         try:
             model = load_pretrained(directory, dtype="auto", device_map="auto" if gpu else None)
             if adapter:
-                model = with_adapter(model, adapter)
+                model = load_adapter(model, adapter)
         except Refused:
             raise
         except Exception as error:  # whatever the libraries or the directory's own code raise
@@ -81,15 +84,6 @@ def load(model_dir: Path, adapter: Path | None, any_base: bool) -> tuple[Any, An
             raise Refused(f"{adapter or model_dir}: cannot be loaded: {why}") from None
     note(f"device = {model.device} ({'GPU' if gpu else 'no GPU'})\ndtype = {str(model.dtype)[6:]} (config.json)")
     return tokenizer, model.eval()
-
-
-def with_adapter(model: Any, adapter: Path) -> Any:
-    """The model with the adapter on it; raises where a part of the adapter does not apply."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Found missing adapter keys")
-        return PeftModel.from_pretrained(model, adapter)
 
 
 def thinking_off(tokenizer: Any) -> tuple[dict[str, Any], str]:

@@ -39,9 +39,8 @@ from sft.merging import (
 from sft.messages import OUTPUT_ROOT, Parser, Refused, choice, first_few, newest, read_json, run_script
 from sft.model.adapter_base import check_base
 from sft.model.directory import ModelDirectory
+from sft.model.files import ADAPTER_FILE
 from sft.model.weight_files import DTYPES, INDEX
-
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sft.messages import Refused, choice, first_few, read_json
 from sft.model.directory import ModelDirectory
-from sft.model.files import write_json
+from sft.model.files import ADAPTER_FILE, write_json
 from sft.model.weight_files import DTYPES, INDEX, Stored, open_tensors
 
 SAVE_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}  # as --save_dtype and as safetensors headers spell them
@@ -58,7 +58,7 @@ class Adapter:
     def __init__(self, directory: Path):
         self.directory = directory
         self.settings = read_json(directory / "adapter_config.json")
-        self.file = open_tensors(directory / "adapter_model.safetensors")
+        self.file = open_tensors(directory / ADAPTER_FILE)
         self.shapes = {key: tuple(self.file.get_slice(key).get_shape()) for key in self.file.keys()}  # noqa: SIM118
         self.is_dora = bool(self.settings.get("use_dora"))
         targets = self.settings.get("target_parameters") or []

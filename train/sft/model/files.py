@@ -9,6 +9,7 @@ from typing import Any
 
 from sft.messages import note, read_json
 
+ADAPTER_FILE = "adapter_model.safetensors"
 # A model's files beside its weights and config.json. Python files are where an auto_map reaches them.
 OF_A_MODEL = re.compile(
     r"(?!\.|.*\.(py|env|key|log|gz|tgz|zip|tar|bak)$)("

@@ -7,7 +7,6 @@ targets are found here, module by module, and handed over in the form that lands
 Refused: a name that no module has, experts with dropout or DoRA, which PEFT cannot do on fused weights.
 """
 
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sft.messages import Refused, choice
+from sft.model.files import ADAPTER_FILE
+from sft.model.pretrained import load_adapter
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LATENT_ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]  # hy_v4
@@ -80,18 +81,14 @@ def in_short(names: set[str], all_names: set[str]) -> list[str]:
 
 def add_adapter(model: PreTrainedModel, args, checkpoint: Path | None) -> PreTrainedModel:
     """Freeze the model and put an adapter on it, or take up the one in `checkpoint`."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     if checkpoint is not None:
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", "Found missing adapter keys")
-                return PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+            return load_adapter(model, checkpoint, is_trainable=True)
         except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
             why = " ".join(str(error).split())[:300]
-            raise Refused(
-                f"--resume_from_checkpoint {checkpoint}: adapter_model.safetensors does not load: {why}"
-            ) from error
+            raise Refused(f"--resume_from_checkpoint {checkpoint}: {ADAPTER_FILE} does not load: {why}") from error
     names, experts = find_targets(model, args.lora_target_modules)
     # a weight by its own name is left alone
     rewritten = {n for n in names if model.config.model_type == "hunyuan_v1_moe" and n.rpartition(".")[2] in REWRITTEN}

@@ -3,6 +3,7 @@
 Refused (exit code 2): a tokenizer that does not load or has no chat template; a model that does not load whole.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ def load_pretrained(directory: ModelDirectory, **options: Any) -> PreTrainedMode
         odd[kind] = sorted(name if isinstance(name, str) else name[0] for name in info[f"{kind}_keys"])
     directory.refuse_weights(**odd)
     return model
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path, is_trainable: bool = False) -> PreTrainedModel:
+    """The model with the adapter on it; raises UserWarning where a part of the model's adapter is missing."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=is_trainable)
 
 
 def load_old_code(directory: ModelDirectory, **options: Any) -> tuple[PreTrainedModel, dict]:

@@ -21,7 +21,7 @@ from sft.arguments import DataArguments, ModelArguments
 from sft.messages import Refused, note, read_json
 from sft.model.adapter_base import check_base
 from sft.model.directory import ModelDirectory
-from sft.model.files import write_json
+from sft.model.files import ADAPTER_FILE, write_json
 from sft.model.load import check_same_tokenizer, fetch, open_directory
 from sft.model.pretrained import load_tokenizer
 from sft.model.weight_files import INDEX, open_tensors
@@ -89,7 +89,7 @@ def find_checkpoint(args: ModelArguments, training: TrainingArguments) -> Path |
             raise Refused(f"--model_name_or_path {given.parent}: is a {kinds[0]}, the checkpoint is a {kinds[1]}")
         args.model_name_or_path = str(directory)
     else:
-        open_tensors(directory / "adapter_model.safetensors")
+        open_tensors(directory / ADAPTER_FILE)
         if args.model_name_or_path is None:
             args.model_name_or_path = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
         if args.model_name_or_path is None:
