@@ -217,3 +217,15 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     base = make_base(folder / "base", "hunyuan_v1_moe", dtype="bfloat16", max_shard_size="30KB")
     return base, make_adapter(folder / "adapter", base)
+
+
+# -------------------------------------------------------------------------------------------------------- cached rows
+
+
+@pytest.fixture
+def rows_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of tokenized rows, empty and of this test alone."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "hunyuan"

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import datasets
 import psutil
 import pytest
 from transformers import AutoTokenizer
@@ -25,18 +24,12 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(EXAMPLE_TOKENIZER)
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "hunyuan"
-
-
-def entries(folder):
-    return {path.name for path in folder.iterdir() if path.is_dir() and path.name != "digests"}
+def entries(rows_cache):
+    return {path.name for path in rows_cache.iterdir() if path.is_dir() and path.name != "digests"}
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_workers_change_nothing(suffix, tokenizer, folder, tmp_path, monkeypatch):
+def test_workers_change_nothing(suffix, tokenizer, rows_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenized, "CHUNK", 1000)
     file = write_rows(tmp_path / f"rows.jsonl{suffix}", 500)
     with open(tmp_path / "bad.jsonl", "wb") as bad:
@@ -44,7 +37,7 @@ def test_workers_change_nothing(suffix, tokenizer, folder, tmp_path, monkeypatch
         bad.write(b"{}\n" * 30)
     found = {}
     for workers in (1, 3):
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(rows_cache, ignore_errors=True)
         examples = load_examples([str(file), str(tmp_path / "bad.jsonl")], tokenizer, Options(), "skip", workers)
         found[workers] = [examples.rows.data.to_pydict(), examples.report.counts, examples.report.lines]
         assert len(examples) == 1000 and examples.report.lines["bad"][0][0] == f"{tmp_path}/bad.jsonl:501"
@@ -52,12 +45,12 @@ def test_workers_change_nothing(suffix, tokenizer, folder, tmp_path, monkeypatch
     assert found[1] == found[3]
 
 
-def test_a_worker_that_is_killed_is_named(tokenizer, folder, tmp_path, monkeypatch):
+def test_a_worker_that_is_killed_is_named(tokenizer, rows_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenized, "CHUNK", 100)
     monkeypatch.setattr(tokenized, "begin_worker", lambda encode: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(Refused, match="ended from outside: out of memory"):
         load_examples([str(write_rows(tmp_path / "rows.jsonl"))], tokenizer, Options(), workers=2)
-    assert not entries(folder)
+    assert not entries(rows_cache)
 
 
 def test_a_worker_that_is_ended_before_it_begins_does_not_go_on_as_its_parent():
@@ -103,10 +96,10 @@ def start_pass(tmp_path, file, pause, workers):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupting_leaves_no_half_cache_and_no_worker(number, tmp_path, folder, tokenizer):
+def test_interrupting_leaves_no_half_cache_and_no_worker(number, tmp_path, rows_cache, tokenizer):
     file = write_rows(tmp_path / "rows.jsonl", 2000)
     process = start_pass(tmp_path, file, 0.01, workers=2)
-    while not (folder.is_dir() and entries(folder)):
+    while not (rows_cache.is_dir() and entries(rows_cache)):
         time.sleep(0.05)
     time.sleep(1)
     workers = psutil.Process(process.pid).children()
@@ -114,17 +107,17 @@ def test_interrupting_leaves_no_half_cache_and_no_worker(number, tmp_path, folde
     process.send_signal(number)
     process.communicate(timeout=20)
     assert process.returncode != 0
-    assert all(".part-" in name for name in entries(folder))
-    assert number == signal.SIGKILL or not entries(folder)
+    assert all(".part-" in name for name in entries(rows_cache))
+    assert number == signal.SIGKILL or not entries(rows_cache)
     assert not psutil.wait_procs(workers, timeout=5)[1]
     assert len(load_examples([str(file)], tokenizer, Options())) == 2000
-    assert len(entries(folder)) == 1, "what the killed pass had begun is gone"
+    assert len(entries(rows_cache)) == 1, "what the killed pass had begun is gone"
 
 
-def test_two_at_once_make_one_pass(tmp_path, folder):
+def test_two_at_once_make_one_pass(tmp_path, rows_cache):
     """Also where the same rows lie in two places."""
     files = [write_rows(tmp_path / "rows.jsonl", 300), write_rows(tmp_path / "copy.jsonl", 300)]
     processes = [start_pass(tmp_path, file, 0.01, workers=1) for file in files]
     last_lines = sorted(process.communicate(timeout=60)[0].splitlines()[-1] for process in processes)
     assert last_lines == ["rows 300 parsed 0", "rows 300 parsed 300"]
-    assert len(entries(folder)) == 1
+    assert len(entries(rows_cache)) == 1

@@ -5,7 +5,6 @@ import shutil
 import time
 from unittest.mock import Mock
 
-import datasets
 import pytest
 from transformers import AutoTokenizer
 
@@ -22,12 +21,6 @@ def tokenizer():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "hunyuan"
-
-
-@pytest.fixture
 def passes(monkeypatch):
     """The rows that were tokenized since it was last emptied."""
     seen, encode = [], examples.encode_rows
@@ -40,11 +33,11 @@ def passes(monkeypatch):
     return seen
 
 
-def entries(folder):
-    return {path.name for path in folder.iterdir() if path.is_dir() and path.name != "digests"}
+def entries(rows_cache):
+    return {path.name for path in rows_cache.iterdir() if path.is_dir() and path.name != "digests"}
 
 
-def test_a_second_start_tokenizes_nothing_and_a_change_does(tokenizer, folder, passes, tmp_path):
+def test_a_second_start_tokenizes_nothing_and_a_change_does(tokenizer, rows_cache, passes, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl")
 
     def number_of_passes(**changes):
@@ -77,18 +70,18 @@ def test_a_second_start_tokenizes_nothing_and_a_change_does(tokenizer, folder, p
     assert number_of_passes() == 0
 
 
-def test_a_large_files_digest_is_kept_with_its_times(folder, tmp_path, monkeypatch):
+def test_a_large_files_digest_is_kept_with_its_times(rows_cache, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "rows.jsonl")
-    folder.mkdir(parents=True)
-    digest = tokenized.content_digest(file, folder)
-    assert not (folder / "digests").exists(), "just written: it might change again within the clock's grain"
+    rows_cache.mkdir(parents=True)
+    digest = tokenized.content_digest(file, rows_cache)
+    assert not (rows_cache / "digests").exists(), "just written: it might change again within the clock's grain"
     monkeypatch.setattr(tokenized, "RACY", -(10**18))
-    assert tokenized.content_digest(file, folder) == digest
+    assert tokenized.content_digest(file, rows_cache) == digest
     monkeypatch.setattr(tokenized.hashlib, "file_digest", None)  # not read any more
-    assert tokenized.content_digest(file, folder) == digest
+    assert tokenized.content_digest(file, rows_cache) == digest
 
 
-def test_a_file_cut_off_is_refused_and_the_refusal_kept(tokenizer, folder, tmp_path, passes):
+def test_a_file_cut_off_is_refused_and_the_refusal_kept(tokenizer, rows_cache, tmp_path, passes):
     file = write_rows(tmp_path / "rows.jsonl.gz", 5000)
     file.write_bytes(file.read_bytes()[:-20])
     for _ in range(2):
@@ -102,7 +95,7 @@ def test_a_file_cut_off_is_refused_and_the_refusal_kept(tokenizer, folder, tmp_p
     assert len(passes) == number
 
 
-def test_what_could_not_be_read_now_is_read_another_time(tokenizer, folder, tmp_path, monkeypatch):
+def test_what_could_not_be_read_now_is_read_another_time(tokenizer, rows_cache, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "rows.jsonl")
     with monkeypatch.context() as patch, pytest.raises(Refused, match="rows.jsonl:1: cannot be read"):
         patch.setattr(rows, "is_array", Mock(side_effect=OSError(5, "Input/output error")))
@@ -115,9 +108,9 @@ def test_what_could_not_be_read_now_is_read_another_time(tokenizer, folder, tmp_
     assert len(load_examples([str(file)], tokenizer, Options())) == 50
 
 
-def test_what_was_left_behind_goes_after_a_day(tokenizer, folder, tmp_path):
+def test_what_was_left_behind_goes_after_a_day(tokenizer, rows_cache, tmp_path):
     for name, age in (("a.part-1", 0), ("b.part-1", 2 * tokenized.A_DAY)):
-        (folder / name).mkdir(parents=True)
-        os.utime(folder / name, (time.time() - age,) * 2)
+        (rows_cache / name).mkdir(parents=True)
+        os.utime(rows_cache / name, (time.time() - age,) * 2)
     load_examples([str(write_rows(tmp_path / "rows.jsonl"))], tokenizer, Options())
-    assert {name for name in entries(folder) if "part" in name} == {"a.part-1"}
+    assert {name for name in entries(rows_cache) if "part" in name} == {"a.part-1"}
