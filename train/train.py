@@ -28,9 +28,10 @@ from sft.model.load import accepts_loss_kwargs, check_own_class, load_model, tak
 from sft.training.environment import exit_all_ranks, wait_for_ranks_before_refusing
 from sft.training.go_on import GoOn
 from sft.training.output_dir import begin_output_dir, check_output_dir
-from sft.training.plan import keep_rows, parse_arguments
+from sft.training.plan import parse_arguments
 from sft.training.probe import Probe
 from sft.training.progress import Meter, ProgressLine, StopOnNonFinite, write_results
+from sft.training.record import record_rows
 from sft.training.resume import Start, find_start, steps_left, write_final_files
 from sft.training.trainer import Trainer, mean_loss
 
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
 
     # 2. Data: rows → token sequences.
     data = load_data(data_args, start.tokenizer, training_args.seed)
-    keep_rows(training_args, data.examples, data.figures)
+    record_rows(training_args, data_args.train_data_file, data.examples, data.figures)
     if start.checkpoint and not steps_left(start.checkpoint, training_args, len(data.train), model_args.given):
         write_final_files(start.checkpoint, start.directory, training_args, model_args.any_base, data.figures)
         return

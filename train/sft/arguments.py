@@ -108,6 +108,16 @@ class TrainingArguments(transformers.TrainingArguments):
     """All of Hugging Face's TrainingArguments, with our defaults, and what older scripts pass beside them."""
 
     min_lr: float = option(0.0, "Lowest learning rate after the warmup, absolute; with any scheduler.")
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint, or a run: goes on. No value: output_dir's, or the newest run.",
+            "nargs": "?",
+            "const": "",
+        },
+    )
+    auto_resume: bool = option(False, "Go on from the newest whole checkpoint in output_dir, if there is one.")
+    resume_anyway: bool = option(False, "Go on although it is not exact: other rows, batches, rates, missing state.")
     overwrite_output_dir: bool = option(False, "Set an earlier run in output_dir aside, in previous-<time>/.")
     eval_strategy: str | None = option(
         None, "no, steps or epoch. Default: as checkpoints are saved, where there are rows."
@@ -124,11 +134,11 @@ class TrainingArguments(transformers.TrainingArguments):
     group_by_length: bool = option(False, "Batches of rows of similar length (--train_sampling_strategy).")
     logging_dir: str | None = option(None, "Where TensorBoard's files go. Default: output_dir/runs/<time>.")
 
-    plan = dict[str, Any]()  # the run's flags, which its checkpoints keep; see training/plan.py
+    record = dict[str, Any]()  # what run.json says of the run; see training/record.py
 
     def __getstate__(self) -> dict:
         """For training_args.bin: without a token."""
-        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
+        return {n: None if n.endswith("_token") else value for n, value in vars(self).items() if n != "record"}
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,6 +1,7 @@
 """Where the run happens: the device, the other processes, the DeepSpeed file; how a rank ends."""
 
 import atexit
+import functools
 import glob
 import json
 import os
@@ -87,6 +88,27 @@ def read_deepspeed_file(name: str | dict) -> dict | None:
 def number_of_processes() -> int:
     """Of the whole job, from the launcher's or Slurm's variables."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """What each rank has called this with, by rank: values that json knows. By the rendezvous's store: there is no
+    process group yet. All ranks must call."""
+    if number_of_processes() == 1:
+        return [value]
+    store, rank, size = _meeting()
+    call = store.add(f"calls of rank {rank}", 1)
+    store.set(f"call {call} of rank {rank}", json.dumps(value))
+    values = [json.loads(store.get(f"call {call} of rank {other}")) for other in range(size)]
+    store.set(f"call {call} read by rank {rank}", "")
+    if rank == 0:  # it may end the process next, and the store with it
+        store.wait([f"call {call} read by rank {other}" for other in range(size)])
+    return values
+
+
+@functools.cache  # rank 0 serves the store for as long as it is kept
+def _meeting() -> tuple[torch.distributed.Store, int, int]:
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timedelta(minutes=30)))
+    return torch.distributed.PrefixStore("before the process group", store), rank, size
 
 
 def set_rendezvous_variables(deepspeed: bool) -> None:

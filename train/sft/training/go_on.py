@@ -26,12 +26,14 @@ def losses_so_far(state: dict[str, Any]) -> dict[str, float]:
     return {"logged": total * step / max(last, 1), "unlogged": 0.0, "last_logged": step}
 
 
-def follow_schedule(scheduler: Any, step: int, max_steps: int) -> None:
+def follow_schedule(scheduler: Any, step: int, max_steps: int, learning_rate: float | None = None) -> None:
     """Give the optimizer the rate that the schedule now has for the next step, and say so where it was another: the
-    Trainer would take the checkpoint's once more."""
+    Trainer would take the checkpoint's once more. `learning_rate`: the highest, if it is not the checkpoint's."""
     if not hasattr(scheduler, "lr_lambdas"):  # it follows the loss, or is DeepSpeed's own
         return
-    before, scheduler.last_epoch = scheduler.get_last_lr()[0], scheduler.last_epoch - 1
+    if learning_rate is not None:
+        scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
+    before, scheduler.last_epoch = scheduler.get_last_lr()[0], (scheduler.last_epoch or step) - 1
     scheduler.step()
     if (now := scheduler.get_last_lr()[0]) != before:
         choice("next learning rate", f"{now:.4g}", f"step {step + 1} of {max_steps}; as it was planned {before:.4g}")
@@ -56,7 +58,9 @@ class GoOn(TrainerCallback, ExportableState):
             losses, trainer = losses_so_far(vars(state)), self.trainer
             trainer._total_loss_scalar, trainer._globalstep_last_logged = losses["logged"], losses["last_logged"]
             trainer._tr_loss += losses["unlogged"]
-            follow_schedule(getattr(lr_scheduler, "scheduler", lr_scheduler), state.global_step, state.max_steps)
+            highest = args.learning_rate if args.resume_anyway else None
+            scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
+            follow_schedule(scheduler, state.global_step, state.max_steps, highest)
         for callback in self.trainer.callback_handler.callbacks:  # one that the checkpoint does not know
             if isinstance(callback, ExportableState):
                 state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())

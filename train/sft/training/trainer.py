@@ -202,6 +202,14 @@ class Trainer(transformers.Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's. With --resume_anyway weight decay and the like are this start's, and not the checkpoint's."""
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and self.args.resume_anyway and not self.is_deepspeed_enabled:
+            for group, values in zip(self.optimizer.param_groups, own, strict=True):
+                group.update(values)
+
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights into the model. Without ZeRO and adapter from_pretrained reads them: the
         Trainer takes tensors by name and would skip the experts, which are single in the file and fused in the
