@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import transformers
 from transformers.integrations import get_available_reporting_integrations
 
-from sft.messages import Refused, choice, note
+from sft.messages import Refused, choice, masked, note
 
 
 def option(default: Any = None, text: str = "", factory: Any = None) -> Any:
@@ -138,8 +138,9 @@ class TrainingArguments(transformers.TrainingArguments):
     record = dict[str, Any]()  # what run.json says of the run; see training/record.py
 
     def __getstate__(self) -> dict:
-        """For training_args.bin: without a token."""
-        return {n: None if n.endswith("_token") else value for n, value in vars(self).items() if n != "record"}
+        """For training_args.bin: without secrets."""
+        kept = {name: value for name, value in vars(self).items() if name != "record" and not name.endswith("_token")}
+        return {name: masked(value) if isinstance(value, str) else value for name, value in kept.items()}
 
     def __post_init__(self):
         super().__post_init__()

@@ -37,7 +37,15 @@ def is_first_rank() -> bool:
 def note(message: str) -> None:
     """Print one line on stdout, from rank 0 alone."""
     if is_first_rank():
-        print(message, flush=True)
+        print(masked(message), flush=True)
+
+
+def masked(text: str) -> str:
+    """A text without the secrets that it may quote: passwords in URLs, tokens and keys of the environment."""
+    names = re.compile(r"(?i).*_(token|key|secret|password)$")
+    for value in {value for name, value in os.environ.items() if len(value) > 7 and names.match(name)}:
+        text = text.replace(value, "***")
+    return re.sub(r"(://[^/\s:@]*:)[^/\s@]+@", r"\1***@", text)
 
 
 def end_by_ctrl_c(where: str = "") -> None:
@@ -93,7 +101,7 @@ def run_script(
 
 def report_refusal(refusal: Refused) -> None:
     """Print it as one message on stderr."""
-    print(f"refused: {refusal}", file=sys.stderr, flush=True)
+    print(masked(f"refused: {refusal}"), file=sys.stderr, flush=True)
 
 
 def read_json(path: Path) -> dict:
