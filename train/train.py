@@ -13,6 +13,8 @@ anything else: failed.
 
 import signal
 import sys
+from functools import partial
+from pathlib import Path
 
 from sft.messages import BEFORE_THE_FIRST_STEP, end_by_ctrl_c, note, run_script
 
@@ -25,7 +27,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from sft.arguments import DataArguments, ModelArguments, TrainingArguments
 from sft.data.batches import Collator, Data, load_data
 from sft.model.load import accepts_loss_kwargs, check_own_class, load_model, takes_supervised_head
-from sft.training.environment import exit_all_ranks, wait_for_ranks_before_refusing
+from sft.training.disk import check_space, why_not_saved
+from sft.training.environment import exit_all_ranks, failing_together, wait_for_ranks_before_refusing
 from sft.training.go_on import GoOn
 from sft.training.output_dir import begin_output_dir, check_output_dir
 from sft.training.plan import parse_arguments
@@ -55,6 +58,7 @@ def main(argv: list[str]) -> None:
     set_seed(training_args.seed)
     model = load_model(model_args, training_args, start.tokenizer, start.directory, start.checkpoint)
     check_own_class(model, data_args.packing, training_args.label_smoothing_factor)
+    check_space(model, training_args, len(data.train))
 
     # 4. Trainer.
     trainer = make_trainer(model, model_args, data_args, training_args, start, data, probe)
@@ -64,9 +68,10 @@ def main(argv: list[str]) -> None:
     result = trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
 
     # 6. Save: the final model at the top of output_dir, the curve and the figures beside it.
-    trainer.save_model()
-    trainer.save_state()
-    write_results(trainer, result.metrics["train_loss"], probe, data.figures)
+    with failing_together(partial(why_not_saved, Path(training_args.output_dir), 0)):
+        trainer.save_model()
+        trainer.save_state()
+        write_results(trainer, result.metrics["train_loss"], probe, data.figures)
     note(f"done: {training_args.output_dir}")
 
 

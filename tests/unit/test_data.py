@@ -7,12 +7,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from sft.data.batches import Bins, Collator, Filled, plan_bins
+from sft.data.batches import Bins, Collator, Filled, GroupedByLength, plan_bins
 from sft.data.examples import IGNORE_INDEX, Options, load_examples
 from sft.data.rows import ALPACA, NEEDED, SHAREGPT
 from sft.data.tokens import TextEncoder
 from sft.messages import Refused
-from sft.training.trainer import GroupedByLength
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import reference
-from sft.data.batches import Collator
+from sft.data.batches import Collator, GroupedByLength
 from sft.data.examples import Options, load_examples
 from sft.model.directory import ModelDirectory
 from sft.training.plan import parse_arguments
 from sft.training.progress import Meter
-from sft.training.trainer import GroupedByLength, Trainer, mean_loss
+from sft.training.trainer import Trainer, mean_loss
 
 RATE, LOWEST, WARMUP, STEPS = 1e-3, 1e-4, 4, 20
 

@@ -4,6 +4,7 @@ the offline scripts share in finding out what the user means."""
 import argparse
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -62,6 +63,12 @@ def end_by_ctrl_c(where: str = "") -> None:
 def first_few(items: list[str]) -> str:
     """The first few of a list, for a message."""
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+def in_units(size: float) -> str:
+    """A number of bytes for a message: 512 bytes, 1.5 MB, 70 GB."""
+    power = min(4, int(math.log10(size)) // 3) if size >= 1 else 0
+    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def run_script(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from sft.data.examples import IGNORE_INDEX, Examples, Options, load_examples
 from sft.messages import Refused, note
@@ -184,3 +185,16 @@ class Bins(torch.utils.data.Dataset):
     def fill(self) -> float:
         """Share of all bins' places that hold a token."""
         return float(self.examples.lengths.sum()) / (len(self) * self.capacity)
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """Groups rows of similar length, in another order each epoch. The order depends on the seed alone: it is the same
+    on every rank and after a resume."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)

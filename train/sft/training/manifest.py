@@ -8,7 +8,6 @@ manifest.json: {"step": N, "world_size": W, "save_on_each_node": bool, "files": 
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path, PurePosixPath
@@ -19,6 +18,7 @@ from xxhash import xxh3_128
 
 from sft.arguments import TrainingArguments
 from sft.messages import note
+from sft.training.environment import ranks_of_this_disk
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
@@ -44,11 +44,7 @@ def step_of(checkpoint: Path) -> int:
 def write_manifest(checkpoint: Path, args: TrainingArguments) -> None:
     """Make a checkpoint whole: hash every file and rename the manifest in. All ranks must call, after the save: each
     hashes the files that it has just written, from the page cache."""
-    rank, disk = args.process_index, range(args.world_size)  # the ranks that write to this disk
-    if args.save_on_each_node:
-        first = rank - args.local_process_index
-        disk = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)))
-    own = {}
+    rank, disk, own = args.process_index, ranks_of_this_disk(args), {}
     for path in sorted(checkpoint.rglob("*")):
         owner = rank_in(path.name)
         if path.is_file() and (owner == rank or args.should_save and owner not in disk):
@@ -68,8 +64,8 @@ def write_manifest(checkpoint: Path, args: TrainingArguments) -> None:
 
 def rank_in(name: str) -> int | None:
     """The rank that writes and loads a file of this name; None where that is no single one."""
-    number = re.search(r"(?:zero_pp_rank|rng_state)_(\d+)", name)
-    return int(number[1]) if number else None
+    found = re.search(r"(?:zero_pp_rank|rng_state)_(\d+)", name)
+    return int(found.group(1)) if found else None
 
 
 def entry_of(path: Path, verify: bool) -> dict[str, Any]:
@@ -100,9 +96,11 @@ def hashes(path: Path, sampled: bool, whole: bool) -> dict[str, str]:
 def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """{relative path: size and hashes}. Raises OSError where there is no manifest, ValueError where it is damaged or
     a path in it leaves the checkpoint."""
-    content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    content: Any = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     files = content.get("files") if isinstance(content, dict) else None
-    for name, entry in files.items() if isinstance(files, dict) else [("", None)]:
+    if not isinstance(files, dict):
+        raise ValueError("it lists no files")
+    for name, entry in files.items():
         inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts and "\0" not in name
         hashed = isinstance(entry, dict) and entry.keys() & {"xxh3_128", "xxh3_128_sample"}
         if not (inside and hashed and isinstance(entry.get("size"), int)):

@@ -3,19 +3,21 @@
 Refused (exit code 2): what is not; also one that is, or would be moved with, the model to train.
 """
 
+import errno
 import fcntl
+import os
 import shutil
 import sys
 import time
 from pathlib import Path
 from typing import IO
 
-import torch
 from transformers import TrainingArguments
 
 from sft.messages import Refused, first_few, note, read_json
 from sft.model.files import files_of_a_model
 from sft.training.choose import is_foreign
+from sft.training.environment import refuse_together
 from sft.training.manifest import MANIFEST, checkpoints_in, step_of
 
 # What a run puts at the top of its directory, beside the files of a model.
@@ -100,11 +102,19 @@ def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
                 why = f"--output_dir {path.parent}: cannot be written ({error.strerror})"
             else:
                 note(f"{path.parent}: is not locked, its file system has no locks ({error.strerror})")
-    ranks = [why] * args.world_size
-    if torch.distributed.is_initialized():
-        torch.distributed.all_gather_object(ranks, why)
-    if any(ranks):
-        raise Refused(next(filter(None, ranks)))
+    refuse_together(why)
+
+
+def check_still_ours(output: Path) -> None:
+    """Raise FileNotFoundError where the directory that this process holds was deleted; another job may have made one
+    in its place."""
+    if held := locks.get(output / LOCK):
+        try:
+            same = os.path.samestat(os.fstat(held.fileno()), os.stat(output / LOCK))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise FileNotFoundError(errno.ENOENT, "was deleted while the run went on", str(output))
 
 
 def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:

@@ -2,23 +2,28 @@
 lengths, the watch on the routers, an `eval_loss` over all supervised tokens, and complete saved directories."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from torch.utils.data import SequentialSampler
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from sft.arguments import KNOW_A_LOWEST_RATE
-from sft.data.batches import Filled
+from sft.data.batches import Filled, GroupedByLength
 from sft.data.examples import IGNORE_INDEX
 from sft.messages import Refused, choice
 from sft.model.directory import ModelDirectory
+from sft.model.files import write_json
 from sft.model.load import without_adapter
 from sft.model.moe import Routers, moe_layers
 from sft.model.pretrained import load_pretrained
 from sft.model.weight_files import is_transformers_own, names_in_model
+from sft.training.disk import Reporter, checkpoint_bytes, why_not_saved
+from sft.training.environment import failing_together
+from sft.training.manifest import RUN, remove, rotate, write_manifest
+from sft.training.output_dir import check_still_ours
 from sft.training.progress import Meter, stop_if_not_finite
 from sft.training.save import (
     gathered_state,
@@ -57,19 +62,6 @@ def with_min_lr(factor: Callable[[int], float], warmup_steps: int, low: float) -
     return squeezed
 
 
-class GroupedByLength(LengthGroupedSampler):
-    """Groups rows of similar length, in another order each epoch. The order depends on the seed alone: it is the same
-    on every rank and after a resume."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
-
-
 class Trainer(transformers.Trainer):
     """transformers.Trainer.
 
@@ -89,7 +81,11 @@ class Trainer(transformers.Trainer):
             # DDP need not search the graph at each step. Each trained parameter of these classes gets a gradient:
             # their experts are fused, and load_model freezes Hy4's indexer.
             training_args.ddp_find_unused_parameters = False
+        # The Trainer's rotation goes by mtime: after a clock change it deletes the newest.
+        self.save_total_limit, training_args.save_total_limit = training_args.save_total_limit, None
         super().__init__(*args, **kwargs)
+        handler = self.callback_handler
+        handler.callbacks = [Reporter(c) if "integration" in type(c).__module__ else c for c in handler.callbacks]
         self.meter = meter
         self.companions = companions
         companions.hold()
@@ -192,10 +188,24 @@ class Trainer(transformers.Trainer):
         stop_if_not_finite(self.unlogged, self.state.global_step)
 
     def _save_checkpoint(self, model, trial) -> None:
+        """Save a checkpoint, make it whole and delete old ones. Where it cannot be written, all ranks end with exit
+        code 1. All ranks must call."""
         self.stop_if_not_finite()
-        super()._save_checkpoint(model, trial)
-        if self.args.save_on_each_node and self.args.should_save and self.is_deepspeed_enabled:
-            write_deepspeed_latest(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+        args, output = self.args, Path(self.args.output_dir)
+        checkpoint = output / f"checkpoint-{self.state.global_step}"
+        with failing_together(partial(why_not_saved, checkpoint, checkpoint_bytes(self.model, args))):
+            if args.should_save:
+                check_still_ours(output)
+                remove(checkpoint)  # a torn one, or one of a branch that was abandoned
+                checkpoint.mkdir()
+                write_json(checkpoint / RUN, args.record)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if args.save_on_each_node and args.should_save and self.is_deepspeed_enabled:
+                write_deepspeed_latest(checkpoint)
+            write_manifest(checkpoint, args)
+            if args.should_save:
+                rotate(output, self.save_total_limit, self.state.best_model_checkpoint, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Do nothing but for FSDP: load_model has read the weights already, and the Trainer would miss the experts."""
