@@ -4,6 +4,7 @@ Refused (exit code 2): what is not; also one that is, or would be moved with, th
 """
 
 import fcntl
+import os
 import time
 from pathlib import Path
 from typing import IO
@@ -13,6 +14,7 @@ from transformers import TrainingArguments
 
 from sft.messages import Refused, first_few, note
 from sft.model.files import files_of_a_model
+from sft.processes import LOCK, STARTED, write_step
 
 # What a run puts at the top of its directory, beside the files of a model.
 RUN_FILES = (
@@ -20,7 +22,7 @@ RUN_FILES = (
     "trainer_state.json", "training_args.bin", "base.json", "kept_in_fp32.json",
 )  # fmt: skip
 MODEL_MARKS = ("config.json", "adapter_config.json", "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin")
-LOCK = ".lock"
+STOP_FILE = "stop"  # asks the run to stop
 locks: dict[Path, IO] = {}  # {path: open file}, for as long as this process lives
 
 
@@ -72,7 +74,7 @@ def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
     if args.should_save and path not in locks and (begin or path.exists()):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            locks[path] = open(path, "a")  # noqa: SIM115
+            locks[path] = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")  # noqa: SIM115
             fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             locks.pop(path).close()
@@ -92,8 +94,25 @@ def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
 def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:
     """Keep other jobs out, and set an earlier run aside: this one begins. All ranks must call."""
     lock_output_dir(args, begin=True)
+    keep_step(args, 0)
+    if args.should_save:
+        remove_old_stop_file(Path(args.output_dir))
     if earlier_run and args.should_save:
         set_aside(Path(args.output_dir))
+
+
+def keep_step(args: TrainingArguments, step: int) -> None:
+    """Keep the step that was made in the lock, for the launcher, which may start the job again."""
+    if lock := locks.get(Path(args.output_dir, LOCK)):
+        write_step(lock.fileno(), step)
+
+
+def remove_old_stop_file(output_dir: Path) -> None:
+    """Remove a file `stop` that is older than the start of this job, and say so."""
+    file = output_dir / STOP_FILE
+    if file.exists() and file.stat().st_mtime < float(os.environ[STARTED]):
+        file.unlink()
+        note(f"{file}: removed, because it is older than this start")
 
 
 def set_aside(output_dir: Path) -> None:
