@@ -244,12 +244,17 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
     def run(script: str | Path, args: Sequence) -> subprocess.CompletedProcess:
         command, code = [str(script), *map(str, args)], 0
         capfd.readouterr()  # what was printed before is not the script's
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         with monkeypatch.context() as patch, mock.patch.dict(os.environ):
             patch.setattr(sys, "argv", command)
             try:
                 runpy.run_path(str(TRAIN / script), run_name="__main__")
             except SystemExit as end:
                 code = end.code or 0
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+                signal.set_wakeup_fd(-1)
         return subprocess.CompletedProcess(command, code, *capfd.readouterr())
 
     return run

@@ -8,27 +8,27 @@
     python train.py config.yaml                                           # the flags, in a file
 
 Exit codes: 0 done, 2 refused before training (one message says what and where), 3 stopped itself at a non-finite loss,
-anything else: failed.
+75 stopped on request (SIGTERM, SIGINT, a file `stop` in the output directory), anything else: failed.
 """
 
-import signal
 import sys
 from functools import partial
 from pathlib import Path
 
-from sft.messages import BEFORE_THE_FIRST_STEP, end_by_ctrl_c, note, run_script
+from sft import stopping
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # the imports take seconds
-    signal.signal(signal.SIGINT, lambda *_: end_by_ctrl_c(BEFORE_THE_FIRST_STEP))
+if __name__ == "__main__":
+    stopping.listen()  # the imports take seconds
 
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft.arguments import DataArguments, ModelArguments, TrainingArguments
 from sft.data.batches import Collator, Data, load_data
+from sft.messages import note, run_script
 from sft.model.load import accepts_loss_kwargs, check_own_class, load_model, takes_supervised_head
 from sft.training.disk import check_space, why_not_saved
-from sft.training.environment import exit_all_ranks, failing_together, wait_for_ranks_before_refusing
+from sft.training.environment import exit_all_ranks, failing_together, first_rank_refuses
 from sft.training.go_on import GoOn
 from sft.training.output_dir import begin_output_dir, check_output_dir
 from sft.training.plan import parse_arguments
@@ -36,11 +36,12 @@ from sft.training.probe import Probe
 from sft.training.progress import Meter, ProgressLine, StopOnNonFinite, write_results
 from sft.training.record import record_rows
 from sft.training.resume import Start, find_start, steps_left, write_final_files
+from sft.training.stop_on_request import StopOnRequest
 from sft.training.trainer import Trainer, mean_loss
 
 
 def main(argv: list[str]) -> None:
-    """The whole job. Raises Refused for wrong input, SystemExit at a non-finite loss."""
+    """The whole job. Raises Refused for wrong input, SystemExit where the run stops before its end."""
     # 1. Arguments. What can be refused is refused here and in 2, before a model is loaded.
     model_args, data_args, training_args = parse_arguments(argv)
     start = find_start(model_args, data_args, training_args)
@@ -115,7 +116,8 @@ def make_trainer(
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
-    for ours in (ProgressLine(), GoOn(trainer, data_args.train_data_file)):
+    go_on = GoOn(trainer)
+    for ours in (ProgressLine(), go_on, StopOnRequest(go_on)):
         trainer.add_callback(ours)
     return trainer
 
@@ -123,7 +125,7 @@ def make_trainer(
 if __name__ == "__main__":
     run_script(
         lambda: main(sys.argv[1:]),
-        stopped=BEFORE_THE_FIRST_STEP,
-        all_refuse=wait_for_ranks_before_refusing,
+        failed=stopping.end_if_asked,
+        first_refuses=first_rank_refuses,
         leave=exit_all_ranks,
     )

@@ -25,6 +25,7 @@ SSH_PORT=${SSH_PORT:-}                # empty: what ssh's own configuration says
 MASTER_PORT=${MASTER_PORT:-}          # where the processes meet; empty: a free port on one machine, 29500 on several
 NET_IFNAME=${NET_IFNAME:-}            # network interface for NCCL and gloo; empty: the one that leads to the chief
 STALL_TIMEOUT=${STALL_TIMEOUT:-1800}  # seconds after which a collective that stalls ends the job
+MAX_RESTARTS=${MAX_RESTARTS:-0}       # how often a run that failed goes on by itself from its newest whole checkpoint
 FORWARD=${FORWARD:-}                  # names of further variables that reach every machine: NAME,NAME
 
 # -------------------------------------------------------------------------------------------------------- the recipe
@@ -58,5 +59,5 @@ PYTHON=$(command -v python3 || command -v python) || { echo "refused: no python3
     { echo "refused: $PYTHON lacks packages: $PYTHON -m pip install -r $(dirname "$HERE")/requirements.txt" >&2; exit 2; }
 
 export MODEL_PATH TOKENIZER_PATH TRAIN_DATA_FILE OUTPUT_DIR DS_CONFIG HOST_GPU_NUM NODE_IP_LIST LOCAL_IP NODES NODE_NUM
-export SSH_PORT MASTER_PORT NET_IFNAME STALL_TIMEOUT FORWARD PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH}
+export SSH_PORT MASTER_PORT NET_IFNAME STALL_TIMEOUT MAX_RESTARTS FORWARD PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH}
 exec "$PYTHON" -m sft.start "$0" "${RECIPE[@]}" -- "${LORA_RECIPE[@]}" -- "${EXAMPLE_RECIPE[@]}" -- "$@"

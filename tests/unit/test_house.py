@@ -17,7 +17,7 @@ ROOMS = (
     ("sft.model",),
     ("sft.parser", "sft.arguments"),
     ("sft.data",),
-    ("sft.messages", "sft.processes"),
+    ("sft.messages", "sft.processes", "sft.stopping"),
 )
 
 

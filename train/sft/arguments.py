@@ -123,6 +123,7 @@ class TrainingArguments(transformers.TrainingArguments):
         None, "no, steps or epoch. Default: as checkpoints are saved, where there are rows."
     )
     per_device_eval_batch_size: int | None = option(None, "Rows. Default: per_device_train_batch_size.")
+    auto_resume: bool = option(False, "Go on from the newest whole checkpoint in output_dir, if there is one.")
     early_stopping_patience: int | None = option(
         None, "Stop after so many evaluations without a better metric_for_best_model."
     )
@@ -200,6 +201,8 @@ def check_values(values: dict[str, Any]) -> None:
         raise Refused(f"--eval_split {values['eval_split']}: must be above 0 and below 1")
     if values["eval_split"] is not None and values["eval_data_file"]:
         raise Refused("--eval_split and --eval_data_file: one of them")
+    if values["enable_jit_checkpoint"]:
+        raise Refused("--enable_jit_checkpoint: leave it out: every run saves a checkpoint at SIGTERM, on all ranks")
     if values["packing"] == "bin" and values["group_by_length"]:
         raise Refused("--group_by_length with --packing bin: bins are equally full, there is nothing to group")
     if values["trainable_params"] is not None:

@@ -2,10 +2,8 @@
 the offline scripts share in finding out what the user means."""
 
 import argparse
-import ctypes
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -17,8 +15,6 @@ from typing import NoReturn
 
 REFUSAL_SECONDS = 10  # a refusal that rank 0 has not found after that is another rank's own
 OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # of train.sh
-NOTHING_SAVED = "Nothing new is saved yet: start the same command again"
-BEFORE_THE_FIRST_STEP = f" before the first step. {NOTHING_SAVED}"
 
 
 class Refused(Exception):
@@ -49,15 +45,12 @@ def masked(text: str) -> str:
     return re.sub(r"(://[^/\s:@]*:)[^/\s@]+@", r"\1***@", text)
 
 
-def end_by_ctrl_c(where: str = "") -> None:
-    """Say, on rank 0, that Ctrl-C has stopped the process and where; end by the signal itself, from any thread."""
-    if is_first_rank():
-        sys.stderr.write(f"\nstopped by Ctrl-C{where}\n")  # at once: another rank's words must not come between
-        sys.stderr.flush()
-    for worker in multiprocessing.active_children():  # one that loads data would miss us with a traceback
-        worker.kill()
-    ctypes.CDLL(None).signal(signal.SIGINT, 0)  # SIG_DFL
+def end_by_ctrl_c() -> NoReturn:
+    """Say that Ctrl-C has stopped the process, and end it by the signal itself."""
+    print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
+    raise SystemExit(128 + signal.SIGINT)  # where it is blocked
 
 
 def first_few(items: list[str]) -> str:
@@ -73,28 +66,26 @@ def in_units(size: float) -> str:
 
 def run_script(
     main: Callable[[], object],
-    stopped: str = "",
-    all_refuse: Callable[[], bool] = lambda: False,
+    failed: Callable[[Exception], None] = lambda error: None,
+    first_refuses: Callable[[], bool] = lambda: False,
     leave: Callable[[int], NoReturn] = sys.exit,
 ) -> NoReturn:
     """Run a script's `main`, then end the process: with 0, with 2 and one message where it refuses, at Ctrl-C by the
     signal.
 
     Args:
-        stopped: what is said after "stopped by Ctrl-C".
-        all_refuse: of several ranks, waits for the others and returns whether all of them refuse.
+        failed: is told of an error before its traceback is printed.
+        first_refuses: of several ranks, whether the first one refuses, too, and has said so.
         leave: ends the process with an exit code.
     """
     code = 0
     try:
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is tidied up
         main()
     except Refused as refusal:
         code = 2
         if is_first_rank():
             report_refusal(refusal)
-        if not all_refuse() and not is_first_rank():
+        if not first_refuses() and not is_first_rank():
             time.sleep(REFUSAL_SECONDS)  # for rank 0 to say the same: its end ends this rank
             report_refusal(refusal)
     except SystemExit as end:
@@ -102,7 +93,10 @@ def run_script(
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        end_by_ctrl_c(stopped)
+        end_by_ctrl_c()
+    except Exception as error:
+        failed(error)
+        raise
     leave(code)
 
 

@@ -12,7 +12,6 @@ import contextlib
 import math
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -21,12 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sft.messages import BEFORE_THE_FIRST_STEP, Refused, end_by_ctrl_c, report_refusal, run_script
+from sft import stopping
+from sft.processes import name_job, step_made
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # the imports take seconds
-    signal.signal(signal.SIGINT, lambda *_: end_by_ctrl_c(BEFORE_THE_FIRST_STEP))
+if __name__ == "__main__":
+    stopping.end_at_signals(stopping.BEFORE_THE_FIRST_STEP)  # the imports take seconds
+    name_job()
 
 from sft.arguments import check_values, defaults
+from sft.messages import Refused, report_refusal, run_script
 from sft.nodes.examine import number_of_gpus
 from sft.nodes.launch import launch
 from sft.nodes.preflight import number_from, read_nodes, visit
@@ -76,6 +78,7 @@ def read_variables(given: dict[str, Any]) -> dict[str, str]:
             variables[name] = str(given[flag])
     number_from(variables, "HOST_GPU_NUM")
     number_from(variables, "STALL_TIMEOUT", highest=9_999_999)
+    number_from(dict(os.environ), "MAX_RESTARTS", lowest=0)
     return variables
 
 
@@ -208,7 +211,7 @@ def run(job: Job, command: list[str], values: dict[str, Any]) -> int:
         except Refused as refusal:
             report_refusal(refusal)
             code = 2
-    if code == 2:  # a refusal leaves nothing behind
+    if code == 2 and step_made(output) is None:  # a refusal leaves nothing behind
         with contextlib.suppress(OSError):
             log.unlink(missing_ok=True)
             for path in made:
@@ -233,7 +236,7 @@ def main(argv: list[str]) -> None:
     if given.get("use_cpu"):  # the run's, and then again as many processes
         go_on["HOST_GPU_NUM"] = job.variables["HOST_GPU_NUM"]
     words = [f"{name}={shlex.quote(value)}" for name, value in go_on.items()]
-    os.environ["GO_ON_WITH"] = " ".join([*words, "bash", shlex.quote(argv[0])])  # printed at Ctrl-C
+    os.environ["GO_ON_WITH"] = " ".join([*words, "bash", shlex.quote(argv[0])])  # printed by a run that is stopped
     recipe = choose_model(job, argv[0], recipe, lora, example)
     command = [str(TRAIN / "train.py"), *left_of(recipe, given, gpus)]
     for name, flag in FLAG_OF.items():
@@ -257,4 +260,4 @@ def exit_past_threads(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]), stopped=BEFORE_THE_FIRST_STEP, leave=exit_past_threads)
+    run_script(lambda: main(sys.argv[1:]), leave=exit_past_threads)

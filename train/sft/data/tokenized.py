@@ -18,7 +18,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -144,18 +143,17 @@ def make_entry(entry: Path, file: Path, encode: Encode, workers: int) -> None:
     temporary = entry.with_name(f"{entry.name}.part-{os.getpid()}")
     before = stamp(file)
     try:
-        with sigterm_raises():
-            temporary.mkdir()
-            try:
-                found = vars(write_rows(temporary / "rows.arrow", file, encode, workers))
-            except Unreadable:
-                raise
-            except Refused as refusal:
-                found = {"refused": str(refusal).replace(str(file), "FILE")}
-            if stamp(file) != before:
-                raise Unreadable(f"{file}: was changed while it was read")
-            (temporary / "report.json").write_text(json.dumps(found), encoding="utf-8")
-            temporary.rename(entry)
+        temporary.mkdir()
+        try:
+            found = vars(write_rows(temporary / "rows.arrow", file, encode, workers))
+        except Unreadable:
+            raise
+        except Refused as refusal:
+            found = {"refused": str(refusal).replace(str(file), "FILE")}
+        if stamp(file) != before:
+            raise Unreadable(f"{file}: was changed while it was read")
+        (temporary / "report.json").write_text(json.dumps(found), encoding="utf-8")
+        temporary.rename(entry)
     except BrokenExecutor as error:
         why = "out of memory? Fewer --preprocessing_num_workers need less"
         raise Refused(f"{file}: a process that tokenized it was ended from outside: {why}") from error
@@ -220,26 +218,9 @@ def begin_worker(encode: Encode) -> None:
     gc.freeze()  # what the parent has imported is not searched for garbage again and again
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # with which the pool ends it when another has failed
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def work(lines: list[Line]) -> tuple[pa.Table, Report]:
     return _encode(lines)
-
-
-@contextmanager
-def sigterm_raises():
-    """SIGTERM ends the pass as Ctrl-C does, by an exception: what it has written so far is removed."""
-    parent = os.getpid()
-
-    def stop(number, _):
-        if os.getpid() != parent:  # a worker just forked; an exception would make it go on as a copy of its parent
-            os._exit(128 + number)
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

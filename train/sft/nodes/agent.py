@@ -31,7 +31,9 @@ with contextlib.suppress(ImportError):  # a node without it is still examined
 
 SILENCE_SECONDS = 30  # the launcher, or the network to it, is gone
 KILL_SECONDS = 10  # from SIGTERM to SIGKILL
-SAME_SIGNAL_SECONDS = 2  # a container's processes are signalled at once: the ranks, and their launcher, too
+LOST_SECONDS = 5  # from the end of one rank to SIGKILL for the others
+AGAIN_SECONDS = 5  # until a second signal counts: terminals and containers signal the ranks and us
+EXIT_STOPPED = 75
 STATES = {"stopped": "stopped (SIGSTOP)", "disk-sleep": "waiting for a disk"}
 
 # A rank ends with the agent, however that ends, and one process alone is no distributed job.
@@ -50,9 +52,10 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
-def call_torch(job: dict, failed: list) -> None:
+def call_torch(job: dict, failed: list, killed: set[int]) -> None:
     """Run the ranks under torch's elastic agent. It returns when they have ended, where all went well on all nodes.
-    `failed` gets rank, exit code (-n: signal n) and a reason, or nothing where none failed."""
+    `failed` gets rank, exit code (-n: signal n) and a reason, unless none failed but those in `killed` (process
+    ids)."""
     logging.disable(logging.CRITICAL)  # torch's own words: ours are below
     socket.getfqdn = own_name
     host, port = job["master"]
@@ -76,9 +79,9 @@ def call_torch(job: dict, failed: list) -> None:
         command = [word.replace("$", "$$") for word in command]  # torch fills ${local_rank} in
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        rank = first_failure(codes)
-        failed.append((rank, codes[rank], full_disk(job["output"])))
+        codes = {n: failure.exitcode for n, failure in error.failures.items() if failure.pid not in killed}
+        rank = first_failure(codes or {job["first_rank"]: -signal.SIGKILL})
+        failed.append((rank, codes.get(rank, -signal.SIGKILL), full_disk(job["output"])))
     except Exception as error:  # of torch's agent itself
         failed.append((job["first_rank"], 1, f": {type(error).__name__}: {error}"))
 
@@ -91,8 +94,8 @@ def own_name(name: str = "") -> str:
 
 def first_failure(codes: dict[int, int]) -> int:
     """Of {rank: exit code}, in the order in which they ended, the rank to name. One that ends with 1 may have lost its
-    peer, and torch ends the others by SIGTERM."""
-    weights = {-signal.SIGTERM: 0, 1: 1}
+    peer, and torch sends the others SIGTERM, at which they end or stop."""
+    weights = {-signal.SIGTERM: 0, 1: 1, EXIT_STOPPED: 1}
     return max(codes, key=lambda rank: weights.get(codes[rank], 2))
 
 
@@ -107,13 +110,14 @@ def full_disk(directory: str | None) -> str:
 class Ranks:
     """The processes that torch's agent starts."""
 
-    def __init__(self, number: int):
-        self.number = number
+    def __init__(self, job: dict):
+        self.job = job
         self.found: list = []
+        self.killed: set[int] = set()  # process ids of those that waited for a lost one
 
     def alive(self) -> list:
         """Those that have not ended."""
-        if len(self.found) < self.number:  # not all are started yet
+        if len(self.found) < self.job["slots"]:  # not all are started yet
             with contextlib.suppress(psutil.Error):
                 self.found = [child for child in psutil.Process().children() if child.name() != "tee"]
         return [rank for rank in self.found if rank.is_running()]
@@ -122,6 +126,16 @@ class Ranks:
         for rank in self.alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, number)
+
+    def kill(self, say: bool) -> None:
+        """Kill those that are left, after a word on each where they should have ended by themselves."""
+        for number, rank in enumerate(self.found, self.job["first_rank"]):
+            with contextlib.suppress(psutil.Error):
+                state = STATES.get(rank.status(), rank.status())
+                if say:
+                    os.write(1, f"rank {number} on {self.job['host']} did not end by itself: {state}\n".encode())
+        self.killed.update(rank.pid for rank in self.alive())
+        self.send(signal.SIGKILL)
 
     def sweep(self) -> None:
         """Kill what they have started: each leads a process group."""
@@ -136,18 +150,17 @@ def run(job: dict, orders: queue.SimpleQueue) -> tuple[int, str]:
     Args:
         job: command (without the interpreter), world_size, nodes (how many), master [host, port], output (a directory,
             or None), and of this node: number, host, slots, first_rank.
-        orders: {"signal": number} for every rank, {"end": True}. A second signal ends the ranks, if it comes more than
-            SAME_SIGNAL_SECONDS after the first.
+        orders: {"signal": number}, which asks the ranks to stop. A second one that comes AGAIN_SECONDS later, or
+            {"end": True}, ends them within KILL_SECONDS.
     """
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the ranks inherit what we have
-    os.environ["PYTHONIOENCODING"] = "utf-8"
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    os.environ.update(PYTHONIOENCODING="utf-8", PYTHONUNBUFFERED="1")
     if job["world_size"] > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job["slots"])))
-    failed: list[tuple] = []
-    torch_agent = threading.Thread(target=call_torch, args=(job, failed), daemon=True)
+    ranks, failed = Ranks(job), list[tuple]()
+    torch_agent = threading.Thread(target=call_torch, args=(job, failed, ranks.killed), daemon=True)
     torch_agent.start()
-    ranks, signalled_at, kill_at = Ranks(job["slots"]), 0.0, 0.0
+    signalled_at, kill_at, lost_at = 0.0, 0.0, 0.0
     while torch_agent.is_alive():
         order = {}
         with contextlib.suppress(queue.Empty):
@@ -155,28 +168,27 @@ def run(job: dict, orders: queue.SimpleQueue) -> tuple[int, str]:
         now, alive = time.monotonic(), ranks.alive()
         if "signal" in order and not signalled_at:
             signalled_at = now
-            ranks.send(order["signal"])
-            if not alive:  # none is started yet
-                failed.append((job["first_rank"], -order["signal"], ""))
-                break
-        elif "end" in order or ("signal" in order and now - signalled_at > SAME_SIGNAL_SECONDS):
+            ranks.send(signal.SIGTERM)
+            if not ranks.found:  # none is started yet
+                return EXIT_STOPPED, f"no rank on {job['host']} was started"
+        elif "end" in order or ("signal" in order and now - signalled_at > AGAIN_SECONDS):
             ranks.send(signal.SIGTERM)
             kill_at = kill_at or now + KILL_SECONDS
         if kill_at and not alive:
             torch_agent.join(timeout=2)  # longer where it waits for other nodes
             break
         if kill_at and now > kill_at:
-            for rank in alive:
-                with contextlib.suppress(psutil.Error):
-                    state = STATES.get(rank.status(), rank.status())
-                    name = f"rank {job['first_rank'] + ranks.found.index(rank)} on {job['host']}"
-                    os.write(1, f"{name} did not end by itself: {state}\n".encode())
-            ranks.send(signal.SIGKILL)
+            ranks.kill(say=True)
             kill_at = now + KILL_SECONDS
+        lost_at = (lost_at or now) if 0 < len(alive) < len(ranks.found) else 0.0
+        if lost_at and now > lost_at + LOST_SECONDS:  # they may wait for it in a collective
+            ranks.kill(say=False)
     ranks.sweep()
     if not failed:
         return 0, ""
     rank, code, reason = failed[0]
+    if code == -signal.SIGTERM and signalled_at and not kill_at:  # it had not begun to listen
+        code = EXIT_STOPPED
     what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     if code == -signal.SIGKILL and not kill_at:
         what += " (out of memory? see dmesg there)"
@@ -236,7 +248,7 @@ class Agent:
         code, failure = run(job, self.orders)
         if not self.gone:
             os.write(self.stderr, json.dumps({"failure": failure}).encode() + b"\n")
-        if code == 2 or self.refused and code in (128 + signal.SIGTERM, 128 + signal.SIGKILL):
+        if code == 2 or self.refused and code in (EXIT_STOPPED, 128 + signal.SIGTERM, 128 + signal.SIGKILL):
             self.made = made
         if job["log"]:
             os.dup2(0, 1)
@@ -273,18 +285,15 @@ def hang_up(session: int) -> None:
 
 def main() -> None:
     """Follow the launcher's orders until the job has ended here, and end the process with the node's exit code."""
-    agent, code = Agent(), 0
+    agent = Agent()
     for number in (signal.SIGINT, signal.SIGHUP):  # what is meant for the ranks comes from the launcher
         signal.signal(number, lambda number, frame: None)  # not SIG_IGN, which the ranks would inherit
-    signal.signal(signal.SIGTERM, lambda number, frame: agent.orders.put({"end": True}))
+    signal.signal(signal.SIGTERM, lambda number, frame: agent.orders.put({"signal": number}))
     threading.Thread(target=agent.listen, daemon=True).start()
-    while "end" not in (order := agent.orders.get()):
-        if "start" in order:
-            code = agent.start(order["start"])
-            break
+    while not {"end", "signal", "start"} & (order := agent.orders.get()).keys():
         if "examine" in order or "look" in order:  # a login shell may have begun a line
             os.write(1, b"\n" + json.dumps(agent.answer(order)).encode() + b"\n")
-    agent.leave(code)
+    agent.leave(agent.start(order["start"]) if "start" in order else 0)
 
 
 if __name__ == "__main__":

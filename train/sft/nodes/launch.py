@@ -4,7 +4,7 @@ On one machine torch's elastic agent is called here; with NODE_IP_LIST the nodes
 agent.py on each calls it. A failure on one node ends the job on all.
 
 The exit code is that of the first process that failed (128 + n where signal n killed it), and 1 where a node or its
-network is lost.
+network is lost. With MAX_RESTARTS a job that failed is started again, and goes on from its newest whole checkpoint.
 """
 
 import contextlib
@@ -21,10 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from sft.messages import Refused
-from sft.nodes.agent import KILL_SECONDS, SILENCE_SECONDS, run
+from sft.nodes.agent import AGAIN_SECONDS, KILL_SECONDS, SILENCE_SECONDS, run
 from sft.nodes.preflight import examine, number_from, read_nodes
 from sft.nodes.ssh import Node
-from sft.processes import free_port
+from sft.processes import free_port, step_made
+from sft.stopping import (
+    BEFORE_THE_FIRST_STEP,
+    EXIT_STOPPED,
+    SIGNALS,
+    end_at_signals,
+    not_ignored,
+    write_line,
+)
 
 FORWARDED = (
     "NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_", "CUDA_", "DS_", "WANDB_", "PYTORCH_", "TRANSFORMERS_", "TQDM_",
@@ -33,6 +41,9 @@ FORWARDED = (
 )  # fmt: skip
 SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")  # what a container sets is not there in a session of ssh
 BEAT_SECONDS = 2
+RESTART_SECONDS = 5  # until a job that failed is started again
+LOST_NODE_SECONDS = SILENCE_SECONDS + 2 * KILL_SECONDS  # the same, where a node may still be ending its ranks
+GO_ON_LATER = "stopped on request. To go on, start the same command again with --auto_resume"
 GRACE_SECONDS = 3  # for the other nodes' processes to end by themselves, once one has failed
 
 
@@ -58,28 +69,61 @@ class Failure:
 
 
 def launch(command: list[str], given: dict[str, Any], log: Path | None) -> int:
-    """Start the command on every node and wait for it. Returns the job's exit code; refuses nodes that are not ready.
+    """Run the command on every node, after a failure up to MAX_RESTARTS times again. Returns the job's exit code;
+    refuses nodes that are not ready.
 
     Args:
         command: the path of train.py and its flags.
         given: {flag: value} of what the flags say.
         log: where train.sh writes; the other nodes get files like it, with their address in the name.
     """
+    most, restarts, furthest = number_from(dict(os.environ), "MAX_RESTARTS", lowest=0) or 0, 0, -1
+    words = BEFORE_THE_FIRST_STEP
+    while True:
+        failure, signalled = run_once(command, given, log)
+        if failure is None:
+            return 0
+        step = step_made(given.get("output_dir"))
+        if failure.code == EXIT_STOPPED and not step:
+            write_line(words)
+        if failure.code in (2, 3, EXIT_STOPPED):  # of these the training has told
+            return failure.code
+        stuck = restarts > 0 and (step or 0) <= furthest
+        if signalled or stuck or restarts == most:
+            why = "stopped at once; " if signalled else f"restart {restarts} made no new step; " if stuck else ""
+            with contextlib.suppress(OSError):
+                print(f"\nfailed: {why}{failure.what}", flush=True)  # a progress bar may be unfinished
+            return failure.code
+        restarts, furthest, how = restarts + 1, max(furthest, step or 0), "beginning again"
+        if step is not None:  # else what is in the output directory is of an earlier run
+            how, words = "going on from the newest whole checkpoint", GO_ON_LATER
+            if not given.get("auto_resume"):
+                command, given = [*command, "--auto_resume", "True"], given | {"auto_resume": True}
+        print(f"\nrestart {restarts} of {most}: {failure.what}; {how}", flush=True)
+        end_at_signals(words)
+        time.sleep(LOST_NODE_SECONDS if failure.weight == 2 else RESTART_SECONDS)
+
+
+def run_once(command: list[str], given: dict[str, Any], log: Path | None) -> tuple[Failure | None, bool]:
+    """Start the command on every node and wait for it. Returns what failed first, None where all went well, and
+    whether a signal has come."""
     nodes = read_nodes(dict(os.environ))
     several = len(nodes) > 1
     port = number_from(dict(os.environ), "MASTER_PORT", 65535) or (29500 if several else free_port())
     if several:
         command = prepare(nodes, command, port, given)
-    signals: list[int] = []
+    signalled: list[int] = []
     orders: queue.SimpleQueue = queue.SimpleQueue()
 
-    def take(number: int, frame) -> None:
-        signals.append(number)
+    def take(number: int, frame: object) -> None:
+        if not signalled:
+            write_line(f"stopping on request. To stop at once, send it again after {AGAIN_SECONDS} s")
+        signalled.append(number)
         orders.put({"signal": number})
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, take)
+    before = {number: signal.getsignal(number) for number in not_ignored(*SIGNALS)}
+    for number in before:
+        signal.signal(number, take)
     job = {"command": command, "world_size": sum(node.slots for node in nodes), "nodes": len(nodes)}
     job |= {"master": [nodes[0].host if several else "127.0.0.1", port], "output": given.get("output_dir")}
     parts = [job | {name: getattr(node, name) for name in ("number", "host", "slots", "first_rank")} for node in nodes]
@@ -94,14 +138,9 @@ def launch(command: list[str], given: dict[str, Any], log: Path | None) -> int:
     else:
         code, what = run(parts[0], orders)
         failure = Failure(code, what) if code else None
-    if failure is None:
-        return 0
-    by_hand = signals[:1] == [signal.SIGINT] and failure.code == 128 + signal.SIGINT and not several
-    if failure.code not in (2, 3, 75) and not by_hand:  # of these the training has told
-        by = f"stopped by {signal.Signals(signals[0]).name}; " if signals else ""
-        with contextlib.suppress(OSError):
-            print(f"\nfailed: {by}{failure.what}", flush=True)  # a progress bar may be unfinished
-    return failure.code
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return failure, bool(signalled)
 
 
 def prepare(nodes: list[Node], command: list[str], port: int, given: dict[str, Any]) -> list[str]:

@@ -81,12 +81,12 @@ def read_entry(entry: str, name: str, env: dict[str, str]) -> Node:
     return Node(match[1].strip("[]"), slots)
 
 
-def number_from(env: dict[str, str], name: str, highest: int = 1 << 20) -> int | None:
-    """A variable's number from 1, None where it is empty."""
+def number_from(env: dict[str, str], name: str, highest: int = 1 << 20, lowest: int = 1) -> int | None:
+    """A variable's number, None where it is empty; refuses one that is not from `lowest` to `highest`."""
     if not env.get(name):
         return None
-    if not re.fullmatch(r"[0-9]{1,7}", env[name]) or not 1 <= int(env[name]) <= highest:
-        raise Refused(f"{name}={env[name]}: must be a number from 1 to {highest}")
+    if not re.fullmatch(r"[0-9]{1,7}", env[name]) or not lowest <= int(env[name]) <= highest:
+        raise Refused(f"{name}={env[name]}: must be a number from {lowest} to {highest}")
     return int(env[name])
 
 

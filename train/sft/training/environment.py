@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import glob
 import json
@@ -22,6 +23,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from sft.messages import Refused, choice
 from sft.processes import free_port
+from sft.stopping import EXIT_STOPPED, end_children
 
 TRAIN = Path(__file__).resolve().parents[2]
 
@@ -33,6 +35,8 @@ def prepare(values: dict[str, Any]) -> None:
         values["deepspeed"] = read_deepspeed_file(values["deepspeed"])
     set_rendezvous_variables(bool(values["deepspeed"]))
     choose_device(values)
+    if values["deepspeed"]:
+        build_one_at_a_time()
     if values["use_cpu"]:
         init_gloo(values["ddp_timeout"], values["ddp_backend"] or "gloo")
 
@@ -86,6 +90,29 @@ def read_deepspeed_file(name: str | dict) -> dict | None:
         what = "fp16.min_loss_scale must be an integer, e.g. 1" if not isinstance(scale, int) else "zero_optimization"
         raise Refused(f"--deepspeed {path}: {what}: today's DeepSpeed does not take it as it stands")
     return config
+
+
+def build_one_at_a_time() -> None:
+    """Hold a lock of the kernel while an extension of DeepSpeed is built and loaded. torch 2.13's own is a file: a
+    process that is killed leaves it behind, and every later one waits for ever. Whoever holds ours removes it. Goes
+    with the release that locks as the kernel does."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    load = OpBuilder.jit_load
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @functools.wraps(load)
+    def locked(builder: OpBuilder, verbose: bool = True) -> Any:
+        folder = Path(_get_build_directory(builder.name, verbose=False))
+        with open(f"{folder}.flock", "w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                (folder / "lock").unlink(missing_ok=True)
+            return load(builder, verbose)
+
+    OpBuilder.jit_load = locked
 
 
 def number_of_processes() -> int:
@@ -179,22 +206,19 @@ def refuse_together(why: str | None) -> None:
         raise Refused(first)
 
 
-def wait_for_ranks_before_refusing() -> bool:
-    """Wait until every rank has come to its refusal, 20 s at most; whether all have.
-
-    One that is killed while it loads DeepSpeed's extension for CPUs leaves a lock behind, on which every later run
-    waits for ever. And where all refuse, one message is enough. False before the ranks have met.
-    """
+def first_rank_refuses() -> bool:
+    """Whether the first rank has come to a refusal, too, and has said so: waited for on the other ranks, for 20 s.
+    False before the ranks have met."""
     if not torch.distributed.is_initialized():
         return False
-    store, rank = _get_default_store(), torch.distributed.get_rank()
-    ranks = range(torch.distributed.get_world_size())
+    store, key = _get_default_store(), "the first rank refuses"
     try:
-        store.set(f"rank {rank} refuses", "")
-        store.wait([f"rank {other} refuses" for other in ranks], timedelta(seconds=20))
+        if torch.distributed.get_rank() == 0:
+            store.set(key, "")
+        store.wait([key], timedelta(seconds=20))
     except torch.distributed.DistStoreError:
         return False
-    except torch.distributed.DistNetworkError:  # the store has ended with rank 0, which had seen all
+    except torch.distributed.DistNetworkError:  # the store has ended with it
         pass
     return True
 
@@ -254,10 +278,12 @@ def exit_all_ranks(code: int) -> NoReturn:
     There torch 2.13 sometimes aborts after a gloo job is done ("terminate called without an active exception"), which
     would turn any exit code into a failure. Goes with the release that does not.
     """
+    end_children()
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        if code in (0, 3):  # all ranks come here, and the launcher ends the others with the first that fails
-            torch.distributed.barrier()
         atexit._run_exitfuncs()
+        if code in (0, 3, EXIT_STOPPED):  # all ranks come here, and the launcher ends the others with the first
+            with contextlib.suppress(RuntimeError):  # a peer is gone, and reported
+                torch.distributed.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,18 +1,18 @@
-"""What the Trainer forgets at a checkpoint and is put back; what Ctrl-C says."""
+"""What the Trainer forgets at a checkpoint and is put back; how a run that was stopped goes on."""
 
 import os
 import shlex
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from sft.messages import NOTHING_SAVED, choice, end_by_ctrl_c
+from sft.messages import choice
+from sft.stopping import NOTHING_SAVED
+from sft.training.output_dir import keep_step
 
 
 def losses_so_far(state: dict[str, Any]) -> dict[str, float]:
@@ -40,11 +40,11 @@ def follow_schedule(scheduler: Any, step: int, max_steps: int, learning_rate: fl
 
 
 class GoOn(TrainerCallback, ExportableState):
-    """What the Trainer forgets at a checkpoint: losses that are not logged yet, intervals that are given anew. At
-    Ctrl-C, what was saved last and the command that goes on."""
+    """What the Trainer forgets at a checkpoint: losses that are not logged yet, intervals that are given anew. For one
+    who stops the run, what was saved last and the command that goes on."""
 
-    def __init__(self, trainer: transformers.Trainer, train_data_file: list[str]):
-        self.trainer, self.train_data_file = trainer, train_data_file
+    def __init__(self, trainer: transformers.Trainer):
+        self.trainer = trainer
         self.saved = ""  # the last checkpoint of this process
 
     def state(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class GoOn(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {name: getattr(self.trainer, own, 0) for name, own in kept.items()}}
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
-        """Put back what a checkpoint kept, follow this start's schedule and intervals, and wait for Ctrl-C."""
+        """Put back what a checkpoint kept, and follow this start's schedule and intervals."""
         if state.global_step:
             losses, trainer = losses_so_far(vars(state)), self.trainer
             trainer._total_loss_scalar, trainer._globalstep_last_logged = losses["logged"], losses["last_logged"]
@@ -65,30 +65,21 @@ class GoOn(TrainerCallback, ExportableState):
             if isinstance(callback, ExportableState):
                 state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         state.compute_steps(args, state.max_steps)  # the Trainer takes the checkpoint's intervals
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as under nohup
-            end, begin = os.pipe()
-            os.set_blocking(begin, False)
-            signal.set_wakeup_fd(begin, warn_on_full_buffer=False)
-            signal.signal(signal.SIGINT, lambda *_: None)
-            threading.Thread(target=self.wait, args=(end, args, state), daemon=True).start()
 
-    def wait(self, end: int, args: TrainingArguments, state: TrainerState) -> None:
-        """Until Ctrl-C. In a thread: the main one may be in a collective, which does not end once a peer has gone."""
-        while os.read(end, 1)[0] != signal.SIGINT:
-            pass
-        how_to_go_on = self.command(args) if self.saved else NOTHING_SAVED
-        end_by_ctrl_c(f" at step {state.global_step}. {how_to_go_on}")
+    def on_step_end(self, args, state, control, **kwargs):
+        keep_step(args, state.global_step)
 
     def on_save(self, args, state, control, **kwargs):
         self.saved = str(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
-    def command(self, args: TrainingArguments) -> str:
+    def how(self, args: TrainingArguments) -> str:
         """What was saved last, and the command that goes on from it: train.sh where that has started us."""
+        if not self.saved:
+            return NOTHING_SAVED
         if args.save_only_model:
             return f"Last checkpoint: {self.saved}, without optimizer state (--save_only_model)"
         ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
         launcher = "python" if args.world_size == 1 else f"torchrun --nproc_per_node {ranks}"
         begin = os.environ.get("GO_ON_WITH") or f"{launcher} {shlex.quote(sys.argv[0])}"
-        flags = ["--resume_from_checkpoint", self.saved, "--train_data_file", *self.train_data_file]
-        flags += ["--output_dir", args.output_dir]
-        return f"Last checkpoint: {self.saved}. Continue with:\n{begin} {shlex.join(flags)}"
+        command = f"{begin} --resume_from_checkpoint {shlex.quote(self.saved)}"
+        return f"Last checkpoint: {self.saved}. Continue with:\n{command}"

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from sft.messages import Refused, first_few, note, read_json
 from sft.model.files import files_of_a_model
+from sft.processes import LOCK, STARTED, write_step
 from sft.training.choose import is_foreign
 from sft.training.environment import refuse_together
 from sft.training.manifest import MANIFEST, checkpoints_in, step_of
@@ -26,7 +27,7 @@ RUN_FILES = (
     "trainer_state.json", "training_args.bin", "base.json", "kept_in_fp32.json",
 )  # fmt: skip
 MODEL_MARKS = ("config.json", "adapter_config.json", "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin")
-LOCK = ".lock"
+STOP_FILE = "stop"  # asks the run to stop
 locks: dict[Path, IO] = {}  # {path: open file}, for as long as this process lives
 
 
@@ -92,7 +93,7 @@ def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
     if args.should_save and path not in locks and (begin or path.exists()):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            locks[path] = open(path, "a")  # noqa: SIM115
+            locks[path] = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")  # noqa: SIM115
             fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             locks.pop(path).close()
@@ -122,6 +123,9 @@ def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:
     than its own are of steps that it makes anew. All ranks must call."""
     lock_output_dir(args, begin=True)
     output = Path(args.output_dir)
+    keep_step(args, 0)
+    if args.should_save:
+        remove_old_stop_file(output)
     if earlier_run and args.should_save:
         place = set_aside(output, files_of_a_run(output))
         note(f"--overwrite_output_dir: the earlier run in {output} was moved to {place}")
@@ -137,6 +141,20 @@ def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:
             else:
                 shutil.rmtree(checkpoint)
                 note(f"{checkpoint.name}: was not whole, removed")
+
+
+def keep_step(args: TrainingArguments, step: int) -> None:
+    """Keep the step that was made in the lock, for the launcher, which may start the job again."""
+    if lock := locks.get(Path(args.output_dir, LOCK)):
+        write_step(lock.fileno(), step)
+
+
+def remove_old_stop_file(output_dir: Path) -> None:
+    """Remove a file `stop` that is older than the start of this job, and say so."""
+    file = output_dir / STOP_FILE
+    if file.exists() and file.stat().st_mtime < float(os.environ[STARTED]):
+        file.unlink()
+        note(f"{file}: removed, because it is older than this start")
 
 
 def files_of_a_run(output: Path) -> list[Path]:
