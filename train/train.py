@@ -7,8 +7,8 @@
     torchrun --nproc_per_node 8 train.py … --deepspeed ds_zero3_no_offload.json --bf16
     python train.py config.yaml                                           # the flags, in a file
 
-Exit codes: 0 done, 2 refused before training (one message says what and where), 3 stopped itself at a non-finite loss,
-anything else: failed.
+Exit codes: 0 done, 2 refused before training (one message says what and where), 3 stopped itself at a loss or at
+gradients that are not finite, anything else: failed.
 """
 
 import signal
@@ -30,7 +30,7 @@ from sft.training.go_on import GoOn
 from sft.training.output_dir import begin_output_dir, check_output_dir
 from sft.training.plan import keep_rows, parse_arguments
 from sft.training.probe import Probe
-from sft.training.progress import Meter, ProgressLine, StopOnNonFinite, write_results
+from sft.training.progress import Meter, ProgressLine, write_results
 from sft.training.resume import Start, find_start, steps_left, write_final_files
 from sft.training.trainer import Trainer, mean_loss
 
@@ -88,9 +88,7 @@ def make_trainer(
         packing=data_args.packing,
         supervised_head=takes_supervised_head(model, training_args),
     )
-    callbacks = [StopOnNonFinite()]
-    if probe:
-        callbacks.append(probe)
+    callbacks = [probe] if probe else []
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
     # of a class that takes no number of tokens, the loss is computed here, over the whole step

@@ -1,6 +1,8 @@
 """Hugging Face's Trainer and what we add: the count of tokens, `--min_lr` with every scheduler, grouping by known
-lengths, the watch on the routers, an `eval_loss` over all supervised tokens, and complete saved directories."""
+lengths, the watches on routers and on what is not finite, an `eval_loss` over all supervised tokens, and complete
+saved directories."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from sft.model.load import without_adapter
 from sft.model.moe import Routers, moe_layers
 from sft.model.pretrained import load_pretrained
 from sft.model.weight_files import is_transformers_own, names_in_model
-from sft.training.progress import Meter, stop_if_not_finite
+from sft.training.finite import FiniteWatch
+from sft.training.progress import Meter
 from sft.training.save import (
     gathered_state,
     master_values,
@@ -89,13 +92,16 @@ class Trainer(transformers.Trainer):
             # DDP need not search the graph at each step. Each trained parameter of these classes gets a gradient:
             # their experts are fused, and load_model freezes Hy4's indexer.
             training_args.ddp_find_unused_parameters = False
+        training_args.remove_unused_columns = False  # the rows' numbers are for us
         super().__init__(*args, **kwargs)
         self.meter = meter
+        self.finite = FiniteWatch(self)
         self.companions = companions
         companions.hold()
         self.masters: dict[str, torch.Tensor] = {}  # on the saving rank while it saves, see masters_to_save
         self.unlogged = 0.0
         self.add_callback(meter)
+        self.add_callback(self.finite)
         self.routers = self.make_routers(router_aux_loss_coef)
         if companions.unused and not self.is_adapter:
             why = "layers for next-token prediction, which the class does not have: saved as the base has them"
@@ -115,22 +121,30 @@ class Trainer(transformers.Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one step, whose tokens are counted."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.finite.begin_step([batch.pop("numbers") for batch in batches])
         self.meter.count(batches)
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss, with `--router_aux_loss_coef` the load-balancing loss included. That is divided by the number of
         micro-batches, because their gradients are summed (those of the ranks are averaged)."""
-        if not (self.routers and model.training):
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.routers.watch(inputs.get("attention_mask")):
+        with self.routers.watch(inputs.get("attention_mask")) if self.routers else contextlib.nullcontext():
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.routers.coefficient:
+        if self.routers and self.routers.coefficient:
             balance = self.routers.loss()
             if self.model_accepts_loss_kwargs or self.compute_loss_func:  # else the Trainer divides
                 balance = balance / self.current_gradient_accumulation_steps
             loss = loss + balance
+        loss = self.finite.keep(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm, after whose check the step is made or not."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.finite.check(None if norm is None else float(norm))
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, besides, the load-balancing loss that `loss` contains; at the end the mean loss of the whole run, the
@@ -138,7 +152,7 @@ class Trainer(transformers.Trainer):
         if self.routers and self.routers.coefficient and "loss" in logs:
             logs["router_aux_loss"] = self.routers.mean_loss()
         if "train_loss" in logs:
-            self.stop_if_not_finite()
+            self.gather_unlogged()
             # the Trainer has added what rank 0 has not logged; all ranks' mean takes its place
             total = self._total_loss_scalar - self._tr_loss.item() + self.unlogged
             logs["train_loss"] = total / self.state.global_step
@@ -156,6 +170,7 @@ class Trainer(transformers.Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The batch's loss. Its sum over supervised tokens is kept for evaluation_loop."""
+        del inputs["numbers"]
         supervised = inputs["labels"].ne(IGNORE_INDEX).sum().item()
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         if supervised:
@@ -185,14 +200,12 @@ class Trainer(transformers.Trainer):
             scheduler.lr_lambdas = [with_min_lr(factor, warmup_steps, low) for factor in scheduler.lr_lambdas]
         return scheduler
 
-    def stop_if_not_finite(self) -> None:
-        """End the run if a loss since the last logging step is not finite; keep their sum. All ranks must call."""
-        ranks = self.accelerator.gather(self._tr_loss.detach().reshape(1))
-        self.unlogged = ranks.mean().item()
-        stop_if_not_finite(self.unlogged, self.state.global_step)
+    def gather_unlogged(self) -> None:
+        """Keep the sum of the losses since the last logging step. All ranks must call."""
+        self.unlogged = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item()
 
     def _save_checkpoint(self, model, trial) -> None:
-        self.stop_if_not_finite()
+        self.gather_unlogged()
         super()._save_checkpoint(model, trial)
         if self.args.save_on_each_node and self.args.should_save and self.is_deepspeed_enabled:
             write_deepspeed_latest(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
