@@ -7,8 +7,9 @@
     torchrun --nproc_per_node 8 train.py … --deepspeed ds_zero3_no_offload.json --bf16
     python train.py config.yaml                                           # the flags, in a file
 
-Exit codes: 0 done, 2 refused before training (one message says what and where), 3 stopped itself at a non-finite loss,
-75 stopped on request (SIGTERM, SIGINT, a file `stop` in the output directory), anything else: failed.
+Exit codes: 0 done, 2 refused before training (one message says what and where), 3 stopped itself at a loss or at
+gradients that are not finite, 75 stopped on request (SIGTERM, SIGINT, a file `stop` in the output directory), anything
+else: failed.
 """
 
 import sys
@@ -30,14 +31,15 @@ from sft.model.load import accepts_loss_kwargs, check_own_class, load_model, tak
 from sft.training.disk import check_space, why_not_saved
 from sft.training.environment import exit_all_ranks, failing_together, first_rank_refuses
 from sft.training.go_on import GoOn
+from sft.training.loss import mean_loss
 from sft.training.output_dir import begin_output_dir, check_output_dir
 from sft.training.plan import parse_arguments
 from sft.training.probe import Probe
-from sft.training.progress import Meter, ProgressLine, StopOnNonFinite, write_results
+from sft.training.progress import Meter, ProgressLine, write_results
 from sft.training.record import record_rows
 from sft.training.resume import Start, find_start, steps_left, write_final_files
 from sft.training.stop_on_request import StopOnRequest
-from sft.training.trainer import Trainer, mean_loss
+from sft.training.trainer import Trainer
 
 
 def main(argv: list[str]) -> None:
@@ -95,9 +97,7 @@ def make_trainer(
         packing=data_args.packing,
         supervised_head=takes_supervised_head(model, training_args),
     )
-    callbacks = [StopOnNonFinite()]
-    if probe:
-        callbacks.append(probe)
+    callbacks = [probe] if probe else []
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
     # of a class that takes no number of tokens, the loss is computed here, over the whole step

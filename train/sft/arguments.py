@@ -23,9 +23,9 @@ def option(default: Any = None, text: str = "", factory: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def yes_no(text: str) -> Any:
-    """A flag that may be given with or without a value, or not at all (None)."""
-    return field(default=None, metadata={"help": text, "nargs": "?", "const": True})
+def yes_no(text: str, const: Any = True) -> Any:
+    """A flag that may be given with a value, without one (`const`), or not at all (None)."""
+    return field(default=None, metadata={"help": text, "nargs": "?", "const": const})
 
 
 @dataclass
@@ -108,13 +108,8 @@ class TrainingArguments(transformers.TrainingArguments):
     """All of Hugging Face's TrainingArguments, with our defaults, and what older scripts pass beside them."""
 
     min_lr: float = option(0.0, "Lowest learning rate after the warmup, absolute; with any scheduler.")
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "A checkpoint, or a run: goes on. No value: output_dir's, or the newest run.",
-            "nargs": "?",
-            "const": "",
-        },
+    resume_from_checkpoint: str | None = yes_no(
+        "A checkpoint, or a run: goes on. No value: output_dir's, or the newest run.", const=""
     )
     auto_resume: bool = option(False, "Go on from the newest whole checkpoint in output_dir, if there is one.")
     resume_anyway: bool = option(False, "Go on although it is not exact: other rows, batches, rates, missing state.")

@@ -88,7 +88,8 @@ class Collator:
 
     With `supervised_head` the model computes logits at the supervised positions alone: `logits_to_keep` is the boolean
     mask (batch, length) of positions whose next token is supervised, `labels` and `shift_labels` (supervised,) are
-    those next tokens. Without it `labels` is (batch, length), for a model that shifts them itself.
+    those next tokens. Without it `labels` is (batch, length), for a model that shifts them itself. `numbers` is for
+    Examples.places(), not for the model.
     """
 
     pad_token_id: int
@@ -118,7 +119,7 @@ class Collator:
             targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
             batch["logits_to_keep"] = targets != IGNORE_INDEX
             batch["labels"] = batch["shift_labels"] = targets[batch["logits_to_keep"]]
-        return batch
+        return batch | {"numbers": [s["number"] for s in sequences if "number" in s]}
 
 
 def plan_bins(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -177,6 +178,9 @@ class Bins(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    def places(self, numbers: list[int]) -> list[str]:
+        return self.examples.places(numbers)
 
     def __getitem__(self, b: int) -> list[dict]:
         return [self.examples[int(i)] for i in self.order[self.starts[b] : self.starts[b + 1]]]

@@ -16,7 +16,8 @@ from sft.training.output_dir import keep_step
 
 
 def losses_so_far(state: dict[str, Any]) -> dict[str, float]:
-    """Of a trainer_state.json: the sums of its steps' losses until the last logging step and since, and that step."""
+    """Of a trainer_state.json: the sums of its steps' losses until the last logging step and since, that step, and the
+    last one that was skipped."""
     if kept := state.get("stateful_callbacks", {}).get("GoOn"):
         return kept["attributes"]
     total, last = 0.0, 0  # of an earlier release: the losses since are not known, and counted as the mean
@@ -50,7 +51,8 @@ class GoOn(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps, as losses_so_far() returns it."""
         kept = {"logged": "_total_loss_scalar", "unlogged": "unlogged", "last_logged": "_globalstep_last_logged"}
-        return {"args": {}, "attributes": {name: getattr(self.trainer, own, 0) for name, own in kept.items()}}
+        attributes = {name: getattr(self.trainer, own, 0) for name, own in kept.items()}
+        return {"args": {}, "attributes": attributes | {"last_skipped": self.trainer.finite.last_skipped}}
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         """Put back what a checkpoint kept, and follow this start's schedule and intervals."""
@@ -58,6 +60,7 @@ class GoOn(TrainerCallback, ExportableState):
             losses, trainer = losses_so_far(vars(state)), self.trainer
             trainer._total_loss_scalar, trainer._globalstep_last_logged = losses["logged"], losses["last_logged"]
             trainer._tr_loss += losses["unlogged"]
+            trainer.finite.last_skipped = losses.get("last_skipped", trainer.finite.last_skipped)
             highest = args.learning_rate if args.resume_anyway else None
             scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
             follow_schedule(scheduler, state.global_step, state.max_steps, highest)

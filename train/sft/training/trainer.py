@@ -1,6 +1,8 @@
 """Hugging Face's Trainer and what we add: the count of tokens, `--min_lr` with every scheduler, grouping by known
-lengths, the watch on the routers, an `eval_loss` over all supervised tokens, and complete saved directories."""
+lengths, the watches on routers and on what is not finite, an `eval_loss` over all supervised tokens, and complete
+saved directories."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,9 +24,10 @@ from sft.model.pretrained import load_pretrained
 from sft.model.weight_files import is_transformers_own, names_in_model
 from sft.training.disk import Reporter, checkpoint_bytes, why_not_saved
 from sft.training.environment import failing_together
+from sft.training.finite import FiniteWatch
 from sft.training.manifest import RUN, remove, rotate, write_manifest
 from sft.training.output_dir import check_still_ours
-from sft.training.progress import Meter, stop_if_not_finite
+from sft.training.progress import Meter
 from sft.training.save import (
     gathered_state,
     master_values,
@@ -33,22 +36,6 @@ from sft.training.save import (
     write_deepspeed_latest,
     write_on_this_rank,
 )
-
-
-def mean_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Cross entropy of the next token, the mean over the supervised tokens of the whole step. For models whose own
-    loss is the mean over one batch.
-
-    Args:
-        labels: (batch, length).
-        num_items_in_batch: supervised tokens of the whole step; None: those of this batch.
-    """
-    logits = outputs.logits[:, :-1].flatten(0, 1)
-    targets = labels[:, 1:].flatten().to(logits.device)
-    total = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    if num_items_in_batch is None:
-        num_items_in_batch = targets.ne(IGNORE_INDEX).sum()
-    return total / num_items_in_batch
 
 
 def with_min_lr(factor: Callable[[int], float], warmup_steps: int, low: float) -> Callable[[int], float]:
@@ -83,15 +70,18 @@ class Trainer(transformers.Trainer):
             training_args.ddp_find_unused_parameters = False
         # The Trainer's rotation goes by mtime: after a clock change it deletes the newest.
         self.save_total_limit, training_args.save_total_limit = training_args.save_total_limit, None
+        training_args.remove_unused_columns = False  # the rows' numbers are for us
         super().__init__(*args, **kwargs)
         handler = self.callback_handler
         handler.callbacks = [Reporter(c) if "integration" in type(c).__module__ else c for c in handler.callbacks]
         self.meter = meter
+        self.finite = FiniteWatch(self)
         self.companions = companions
         companions.hold()
         self.masters: dict[str, torch.Tensor] = {}  # on the saving rank while it saves, see masters_to_save
         self.unlogged = 0.0
         self.add_callback(meter)
+        self.add_callback(self.finite)
         self.routers = self.make_routers(router_aux_loss_coef)
         if companions.unused and not self.is_adapter:
             why = "layers for next-token prediction, which the class does not have: saved as the base has them"
@@ -111,22 +101,30 @@ class Trainer(transformers.Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one step, whose tokens are counted."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.finite.begin_step([batch.pop("numbers") for batch in batches])
         self.meter.count(batches)
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss, with `--router_aux_loss_coef` the load-balancing loss included. That is divided by the number of
         micro-batches, because their gradients are summed (those of the ranks are averaged)."""
-        if not (self.routers and model.training):
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.routers.watch(inputs.get("attention_mask")):
+        with self.routers.watch(inputs.get("attention_mask")) if self.routers else contextlib.nullcontext():
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.routers.coefficient:
+        if self.routers and self.routers.coefficient:
             balance = self.routers.loss()
             if self.model_accepts_loss_kwargs or self.compute_loss_func:  # else the Trainer divides
                 balance = balance / self.current_gradient_accumulation_steps
             loss = loss + balance
+        loss = self.finite.keep(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm, after whose check the step is made or not."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.finite.check(None if norm is None else float(norm))
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, besides, the load-balancing loss that `loss` contains; at the end the mean loss of the whole run, the
@@ -134,7 +132,7 @@ class Trainer(transformers.Trainer):
         if self.routers and self.routers.coefficient and "loss" in logs:
             logs["router_aux_loss"] = self.routers.mean_loss()
         if "train_loss" in logs:
-            self.stop_if_not_finite()
+            self.gather_unlogged()
             # the Trainer has added what rank 0 has not logged; all ranks' mean takes its place
             total = self._total_loss_scalar - self._tr_loss.item() + self.unlogged
             logs["train_loss"] = total / self.state.global_step
@@ -152,6 +150,7 @@ class Trainer(transformers.Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The batch's loss. Its sum over supervised tokens is kept for evaluation_loop."""
+        del inputs["numbers"]
         supervised = inputs["labels"].ne(IGNORE_INDEX).sum().item()
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         if supervised:
@@ -181,16 +180,14 @@ class Trainer(transformers.Trainer):
             scheduler.lr_lambdas = [with_min_lr(factor, warmup_steps, low) for factor in scheduler.lr_lambdas]
         return scheduler
 
-    def stop_if_not_finite(self) -> None:
-        """End the run if a loss since the last logging step is not finite; keep their sum. All ranks must call."""
-        ranks = self.accelerator.gather(self._tr_loss.detach().reshape(1))
-        self.unlogged = ranks.mean().item()
-        stop_if_not_finite(self.unlogged, self.state.global_step)
+    def gather_unlogged(self) -> None:
+        """Keep the sum of the losses since the last logging step. All ranks must call."""
+        self.unlogged = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item()
 
     def _save_checkpoint(self, model, trial) -> None:
         """Save a checkpoint, make it whole and delete old ones. Where it cannot be written, all ranks end with exit
         code 1. All ranks must call."""
-        self.stop_if_not_finite()
+        self.gather_unlogged()
         args, output = self.args, Path(self.args.output_dir)
         checkpoint = output / f"checkpoint-{self.state.global_step}"
         with failing_together(partial(why_not_saved, checkpoint, checkpoint_bytes(self.model, args))):
