@@ -7,11 +7,14 @@
     torchrun --nproc_per_node 8 train.py … --deepspeed ds_zero3_no_offload.json --bf16
     python train.py config.yaml                                           # the flags, in a file
 
-Exit codes: 0 done, 2 refused before training (one message says what and where), 3 stopped itself at a non-finite loss,
-75 stopped on request (SIGTERM, SIGINT, a file `stop` in the output directory), anything else: failed.
+Exit codes: 0 done, 2 refused before training (one message says what and where), 3 stopped itself at a loss or at
+gradients that are not finite, 75 stopped on request (SIGTERM, SIGINT, a file `stop` in the output directory), anything
+else: failed.
 """
 
 import sys
+from functools import partial
+from pathlib import Path
 
 from sft import stopping
 
@@ -25,15 +28,18 @@ from sft.arguments import DataArguments, ModelArguments, TrainingArguments
 from sft.data.batches import Collator, Data, load_data
 from sft.messages import note, run_script
 from sft.model.load import accepts_loss_kwargs, check_own_class, load_model, takes_supervised_head
-from sft.training.environment import exit_all_ranks, first_rank_refuses
+from sft.training.disk import check_space, why_not_saved
+from sft.training.environment import exit_all_ranks, failing_together, first_rank_refuses
 from sft.training.go_on import GoOn
+from sft.training.loss import mean_loss
 from sft.training.output_dir import begin_output_dir, check_output_dir
-from sft.training.plan import keep_rows, parse_arguments
+from sft.training.plan import parse_arguments
 from sft.training.probe import Probe
-from sft.training.progress import Meter, ProgressLine, StopOnNonFinite, write_results
+from sft.training.progress import Meter, ProgressLine, write_results
+from sft.training.record import record_rows
 from sft.training.resume import Start, find_start, steps_left, write_final_files
 from sft.training.stop_on_request import StopOnRequest
-from sft.training.trainer import Trainer, mean_loss
+from sft.training.trainer import Trainer
 
 
 def main(argv: list[str]) -> None:
@@ -45,7 +51,7 @@ def main(argv: list[str]) -> None:
 
     # 2. Data: rows → token sequences.
     data = load_data(data_args, start.tokenizer, training_args.seed)
-    keep_rows(training_args, data.examples, data.figures)
+    record_rows(training_args, data_args.train_data_file, data.examples, data.figures)
     if start.checkpoint and not steps_left(start.checkpoint, training_args, len(data.train), model_args.given):
         write_final_files(start.checkpoint, start.directory, training_args, model_args.any_base, data.figures)
         return
@@ -55,6 +61,7 @@ def main(argv: list[str]) -> None:
     set_seed(training_args.seed)
     model = load_model(model_args, training_args, start.tokenizer, start.directory, start.checkpoint)
     check_own_class(model, data_args.packing, training_args.label_smoothing_factor)
+    check_space(model, training_args, len(data.train))
 
     # 4. Trainer.
     trainer = make_trainer(model, model_args, data_args, training_args, start, data, probe)
@@ -64,9 +71,10 @@ def main(argv: list[str]) -> None:
     result = trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
 
     # 6. Save: the final model at the top of output_dir, the curve and the figures beside it.
-    trainer.save_model()
-    trainer.save_state()
-    write_results(trainer, result.metrics["train_loss"], probe, data.figures)
+    with failing_together(partial(why_not_saved, Path(training_args.output_dir), 0)):
+        trainer.save_model()
+        trainer.save_state()
+        write_results(trainer, result.metrics["train_loss"], probe, data.figures)
     note(f"done: {training_args.output_dir}")
 
 
@@ -89,9 +97,7 @@ def make_trainer(
         packing=data_args.packing,
         supervised_head=takes_supervised_head(model, training_args),
     )
-    callbacks = [StopOnNonFinite()]
-    if probe:
-        callbacks.append(probe)
+    callbacks = [probe] if probe else []
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
     # of a class that takes no number of tokens, the loss is computed here, over the whole step
@@ -110,7 +116,7 @@ def make_trainer(
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
-    go_on = GoOn(trainer, data_args.train_data_file)
+    go_on = GoOn(trainer)
     for ours in (ProgressLine(), go_on, StopOnRequest(go_on)):
         trainer.add_callback(ours)
     return trainer

@@ -49,7 +49,7 @@ def test_goes_on_where_it_stopped(lora, model_dir, example_tokenizer_dir, exampl
     (second / "checkpoint-6" / "optimizer.pt").unlink()
     more = [*flags, "--max_steps", 8, "--output_dir", second, "--resume_from_checkpoint", second / "checkpoint-6"]
     run = run_train(more)
-    assert run.returncode == 2 and "optimizer.pt is missing" in run.stderr
+    assert run.returncode == 2 and "optimizer.pt: missing" in run.stderr
 
 
 STAGES = {

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from conftest import REPO, TRAIN, run_command
 from sft.messages import Refused
-from sft.training.plan import read_plan
+from sft.training.record import read_record
 
 PATH = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 ZERO2, ZERO3 = "ds_zero2_no_offload.json", "ds_zero3_no_offload.json"
@@ -132,7 +132,7 @@ def test_other_rows_and_another_number_of_processes_are_refused(first, example_r
     fewer.write_bytes(b"".join(example_rows.read_bytes().splitlines(True)[:-1]))
     args = ["--resume_from_checkpoint", first[1] / "checkpoint-3", "--output_dir", tmp_path / "out"]
     run = run_here("train.py", [*args, "--train_data_file", fewer])
-    assert run.returncode == 2 and "num_rows: 899 (the run: 900)" in run.stderr, run.stderr
+    assert run.returncode == 2 and "num_rows 899 (the run: 900)" in run.stderr, run.stderr
     others = tmp_path / "others.jsonl"
     others.write_bytes(b"".join(reversed(example_rows.read_bytes().splitlines(True))))
     run = run_here("train.py", [*args, "--train_data_file", others])
@@ -154,9 +154,10 @@ def test_another_model_tokenizer_or_directory_is_refused(
     other = shutil.copytree(example_tokenizer_dir, tmp_path / "tokenizer")
     (other / "chat_template.jinja").write_text("!" + (other / "chat_template.jinja").read_text())
     run = run_here("train.py", [*args, "--tokenizer_name_or_path", other])
-    assert run.returncode == 2 and f"{other}: is not the tokenizer of" in run.stderr, run.stderr
-    run = run_here("train.py", ["--resume_from_checkpoint", first[1], *args[2:]])
-    assert run.returncode == 2 and f"it is a run's directory: give {first[1]}/checkpoint-6" in run.stderr, run.stderr
+    assert run.returncode == 2 and f"{other}: is not the run's tokenizer" in run.stderr, run.stderr
+    twin = make_model_dir("moe", example_tokenizer_dir, tmp_path / "twin", seed=5)
+    run = run_here("train.py", [*args, "--model_name_or_path", twin])
+    assert run.returncode == 2 and f"{twin}: is not the base of the run" in run.stderr, run.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -182,12 +183,9 @@ def test_what_only_says_how_long_or_how_often_holds(first, example_rows, run_tra
 
 
 def without_plan(checkpoint, target):
-    """A checkpoint as it was before it kept its run's flags."""
-    shutil.copytree(checkpoint, target)
-    args = torch.load(target / "training_args.bin", weights_only=False)
-    del args.plan
-    torch.save(args, target / "training_args.bin")
-    return target
+    """A checkpoint as it was before it recorded its run."""
+    names = shutil.ignore_patterns("run.json", "manifest.json")
+    return shutil.copytree(checkpoint, target, ignore=names)
 
 
 def test_a_checkpoint_that_knows_less(first, example_rows, run_train, run_here, tmp_path):
@@ -211,7 +209,7 @@ def test_arguments_of_another_program_and_what_they_must_not_do(harm, tmp_path):
     (tmp_path / "trainer_state.json").write_text('{"global_step": 1, "log_history": []}')
     theirs = transformers.TrainingArguments(tmp_path, save_strategy="epoch", lr_scheduler_type="cosine", use_cpu=True)
     torch.save(theirs, tmp_path / "training_args.bin")
-    plan = read_plan(tmp_path)
+    plan = read_record(tmp_path)["arguments"]
     expected = {"save_strategy": "epoch", "lr_scheduler_type": "cosine", "seed": 42, "use_lora": False, "processes": 1}
     assert {key: plan[key] for key in expected} == expected and "accelerator_config" not in plan
 
@@ -222,7 +220,7 @@ def test_arguments_of_another_program_and_what_they_must_not_do(harm, tmp_path):
     theirs.seed = Harm()
     torch.save(theirs, tmp_path / "training_args.bin")
     with contextlib.suppress(Refused):
-        read_plan(tmp_path)
+        read_record(tmp_path)
     assert not (tmp_path / "harm").exists()
     torch.load(tmp_path / "training_args.bin", weights_only=False)
     assert (tmp_path / "harm").exists(), "and it would have"

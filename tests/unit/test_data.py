@@ -7,12 +7,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from sft.data.batches import Bins, Collator, Filled, plan_bins
+from sft.data.batches import Bins, Collator, Filled, GroupedByLength, plan_bins
 from sft.data.examples import IGNORE_INDEX, Options, load_examples
 from sft.data.rows import ALPACA, NEEDED, SHAREGPT
 from sft.data.tokens import TextEncoder
 from sft.messages import Refused
-from sft.training.trainer import GroupedByLength
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +121,23 @@ def test_the_split_is_by_row_and_stays(tokenizer, rows_file):
     again = load_examples([rows_file(rows[::-1], "other.jsonl")], tokenizer, Options()).split(0.2)[1]
     assert said(again) == said(held_out), "another order, another file: the same rows"
     assert said(examples.split(0.1)[1]) < said(held_out)
+
+
+def test_a_sequence_knows_its_file_and_line(tokenizer, rows_file):
+    """Behind bad rows and files without a sequence, in both parts of a split."""
+    rows = [conversation(f"q{i}", f"a{i}") for i in range(9)]
+    files = [rows_file(part, f"{i}.jsonl") for i, part in enumerate([[b"{", *rows[:3]], [b"{"], rows[3:]])]
+    examples = load_examples(files, tokenizer, Options(), bad_rows="skip")
+    numbers = [examples[i]["number"] for i in range(9)]
+    first, last = files[0], files[2]
+    assert examples.places(numbers) == [f"{first}:2", "3", "4", f"{last}:1", "2", "3", "4", "5", "6"]
+    assert examples.places([3, 1, 3]) == [f"{last}:1", f"{first}:3"]
+    question = {f"{first}:{line}": f"q{line - 2}" for line in (2, 3, 4)}
+    question |= {f"{last}:{line}": f"q{line + 2}" for line in range(1, 7)}
+    for part in examples.split(0.5):
+        assert 0 < len(part) < 9
+        for i in range(len(part)):
+            assert question[part.places([part[i]["number"]])[0]] in tokenizer.decode(part[i]["input_ids"])
 
 
 def test_filled_up_for_the_ranks_without_taking_an_example_twice(tokenizer, rows_file):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sft.training import progress
-from sft.training.progress import Meter, model_flops_utilization, stop_if_not_finite
+from sft.training.progress import Meter, model_flops_utilization
 
 CPU = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False)
 TRAINER = SimpleNamespace(args=CPU, accelerator=SimpleNamespace(gather=lambda tensor: tensor), model=None)
@@ -74,11 +74,3 @@ def test_the_share_of_the_peak(device, peak, monkeypatch):
     assert model_flops_utilization(model, 1e6, args, 8) == pytest.approx(flops * 1e6 / (8 * peak))
     monkeypatch.setattr(progress.torch.cuda, "get_device_name", lambda _: "another")
     assert model_flops_utilization(model, 1e6, args, 8) is None
-
-
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_ends_the_run(loss, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        stop_if_not_finite(loss, 7)
-    assert stopped.value.code == 3 and f"the loss is {loss} at step 7" in capsys.readouterr().err
-    stop_if_not_finite(1e30, 7)

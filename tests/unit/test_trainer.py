@@ -5,12 +5,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import reference
-from sft.data.batches import Collator
+from sft.data.batches import Collator, GroupedByLength
 from sft.data.examples import Options, load_examples
 from sft.model.directory import ModelDirectory
+from sft.training.loss import mean_loss
 from sft.training.plan import parse_arguments
 from sft.training.progress import Meter
-from sft.training.trainer import GroupedByLength, Trainer, mean_loss
+from sft.training.trainer import Trainer
 
 RATE, LOWEST, WARMUP, STEPS = 1e-3, 1e-4, 4, 20
 
@@ -76,7 +77,7 @@ def test_an_evaluation_is_the_mean_of_its_supervised_tokens(make_trainer):
     """Of 13 rows in batches of 4: neither the mean of the batches' means nor of the rows'."""
     trainer = make_trainer("--per_device_eval_batch_size", 4)
     rows = [trainer.train_dataset[i] for i in range(13)]
-    rows = [{key: value.tolist() for key, value in row.items()} for row in rows]
+    rows = [{key: row[key].tolist() for key in ("input_ids", "labels")} for row in rows]
     counts = {sum(label != reference.IGNORED for label in row["labels"]) for row in rows}
     assert len(counts) > 3, "rows that are equally long would prove nothing"
     expected = reference.mean_loss(trainer.model, rows, 0)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import transformers
 from transformers.integrations import get_available_reporting_integrations
 
-from sft.messages import Refused, choice, note
+from sft.messages import Refused, choice, masked, note
 
 
 def option(default: Any = None, text: str = "", factory: Any = None) -> Any:
@@ -23,9 +23,9 @@ def option(default: Any = None, text: str = "", factory: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def yes_no(text: str) -> Any:
-    """A flag that may be given with or without a value, or not at all (None)."""
-    return field(default=None, metadata={"help": text, "nargs": "?", "const": True})
+def yes_no(text: str, const: Any = True) -> Any:
+    """A flag that may be given with a value, without one (`const`), or not at all (None)."""
+    return field(default=None, metadata={"help": text, "nargs": "?", "const": const})
 
 
 @dataclass
@@ -108,6 +108,11 @@ class TrainingArguments(transformers.TrainingArguments):
     """All of Hugging Face's TrainingArguments, with our defaults, and what older scripts pass beside them."""
 
     min_lr: float = option(0.0, "Lowest learning rate after the warmup, absolute; with any scheduler.")
+    resume_from_checkpoint: str | None = yes_no(
+        "A checkpoint, or a run: goes on. No value: output_dir's, or the newest run.", const=""
+    )
+    auto_resume: bool = option(False, "Go on from the newest whole checkpoint in output_dir, if there is one.")
+    resume_anyway: bool = option(False, "Go on although it is not exact: other rows, batches, rates, missing state.")
     overwrite_output_dir: bool = option(False, "Set an earlier run in output_dir aside, in previous-<time>/.")
     eval_strategy: str | None = option(
         None, "no, steps or epoch. Default: as checkpoints are saved, where there are rows."
@@ -119,17 +124,19 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     probe_file: str | None = option(None, "jsonl of conversations; asked before and after training, and scored.")
     report_to: None | str | list[str] = option("tensorboard", "Where the curves go: tensorboard, wandb, none, ….")
+    verify_checkpoints: bool = option(False, "Hash optimizer files above 1 GB whole: when saved and when resumed.")
     logging_nan_inf_filter: bool = option(False, "Hide a non-finite loss in the log. Off: such a loss ends the run.")
 
     warmup_ratio: float | None = option(None, "Warmup as a share of all steps; the same as --warmup_steps below 1.")
     group_by_length: bool = option(False, "Batches of rows of similar length (--train_sampling_strategy).")
     logging_dir: str | None = option(None, "Where TensorBoard's files go. Default: output_dir/runs/<time>.")
 
-    plan = dict[str, Any]()  # the run's flags, which its checkpoints keep; see training/plan.py
+    record = dict[str, Any]()  # what run.json says of the run; see training/record.py
 
     def __getstate__(self) -> dict:
-        """For training_args.bin: without a token."""
-        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
+        """For training_args.bin: without secrets."""
+        kept = {name: value for name, value in vars(self).items() if name != "record" and not name.endswith("_token")}
+        return {name: masked(value) if isinstance(value, str) else value for name, value in kept.items()}
 
     def __post_init__(self):
         super().__post_init__()

@@ -3,6 +3,7 @@ the offline scripts share in finding out what the user means."""
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -33,7 +34,15 @@ def is_first_rank() -> bool:
 def note(message: str) -> None:
     """Print one line on stdout, from rank 0 alone."""
     if is_first_rank():
-        print(message, flush=True)
+        print(masked(message), flush=True)
+
+
+def masked(text: str) -> str:
+    """A text without the secrets that it may quote: passwords in URLs, tokens and keys of the environment."""
+    names = re.compile(r"(?i).*_(token|key|secret|password)$")
+    for value in {value for name, value in os.environ.items() if len(value) > 7 and names.match(name)}:
+        text = text.replace(value, "***")
+    return re.sub(r"(://[^/\s:@]*:)[^/\s@]+@", r"\1***@", text)
 
 
 def end_by_ctrl_c() -> NoReturn:
@@ -47,6 +56,12 @@ def end_by_ctrl_c() -> NoReturn:
 def first_few(items: list[str]) -> str:
     """The first few of a list, for a message."""
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+def in_units(size: float) -> str:
+    """A number of bytes for a message: 512 bytes, 1.5 MB, 70 GB."""
+    power = min(4, int(math.log10(size)) // 3) if size >= 1 else 0
+    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def run_script(
@@ -87,7 +102,7 @@ def run_script(
 
 def report_refusal(refusal: Refused) -> None:
     """Print it as one message on stderr."""
-    print(f"refused: {refusal}", file=sys.stderr, flush=True)
+    print(masked(f"refused: {refusal}"), file=sys.stderr, flush=True)
 
 
 def read_json(path: Path) -> dict:

@@ -33,6 +33,8 @@ from sft.nodes.examine import number_of_gpus
 from sft.nodes.launch import launch
 from sft.nodes.preflight import number_from, read_nodes, visit
 from sft.parser import parse_flags, with_config_file
+from sft.training.choose import run_or_checkpoint
+from sft.training.manifest import checkpoints_in
 
 TRAIN = Path(__file__).resolve().parents[1]
 EXAMPLE = TRAIN / "example"
@@ -96,7 +98,7 @@ def choose_machine(job: Job) -> int:
         raise Refused(f"HOST_GPU_NUM={wanted}: only {gpus} GPUs are visible")
     if not several:
         job.choose("HOST_GPU_NUM", gpus or 1, "the GPUs of this machine" if gpus else "no GPU")
-    if not job.given.get("resume_from_checkpoint"):  # whose DeepSpeed file is the checkpoint's
+    if "resume_from_checkpoint" not in job.given:  # whose DeepSpeed file is the checkpoint's
         if gpus:
             job.choose("DS_CONFIG", "ds_zero3_no_offload.json", "the default on GPUs")
         else:
@@ -107,19 +109,19 @@ def choose_machine(job: Job) -> int:
 def choose_model(job: Job, script: str, recipe: list[str], lora: list[str], example: list[str]) -> list[str]:
     """Choose model, rows and output directory; returns the recipe of such a run."""
     variables, use_lora = job.variables, job.given.get("use_lora")
-    resumed, model = job.given.get("resume_from_checkpoint"), variables["MODEL_PATH"]
+    resumed, model = "resume_from_checkpoint" in job.given, variables["MODEL_PATH"]
     output = TRAIN / "output"
     recipe = recipe + lora if use_lora else recipe
-    if (resumed or model) and not variables["TRAIN_DATA_FILE"]:
-        why = f"the rows to train {model} on"
-        if resumed:
-            why = "with --resume_from_checkpoint the rows must be given"
-        raise Refused(f"TRAIN_DATA_FILE is not set: {why}")
+    if model and not resumed and not variables["TRAIN_DATA_FILE"]:
+        raise Refused(f"TRAIN_DATA_FILE is not set: the rows to train {model} on")
+    name = os.path.basename(os.path.realpath(model)) + ("-lora" if use_lora else "")
     if resumed:
-        job.choose("OUTPUT_DIR", Path(os.path.realpath(resumed)).parent, "the folder of the checkpoint")
-        recipe = []  # its flags are the checkpoint's
-    elif model:
-        name = os.path.basename(os.path.realpath(model)) + ("-lora" if use_lora else "")
+        default = variables["OUTPUT_DIR"] or (str(output / name) if model else None)
+        place = run_or_checkpoint(job.given["resume_from_checkpoint"], default)
+        run = place if checkpoints_in(place) else Path(os.path.realpath(place)).parent
+        job.choose("OUTPUT_DIR", run, "the run that goes on")
+        return []  # flags and rows are the checkpoint's
+    if model:
         job.choose("OUTPUT_DIR", output / name, "the name of MODEL_PATH")
     elif use_lora:
         job.choose("MODEL_PATH", output / "example", "the trained example")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from sft.data.examples import IGNORE_INDEX, Examples, Options, load_examples
 from sft.messages import Refused, note
@@ -87,7 +88,8 @@ class Collator:
 
     With `supervised_head` the model computes logits at the supervised positions alone: `logits_to_keep` is the boolean
     mask (batch, length) of positions whose next token is supervised, `labels` and `shift_labels` (supervised,) are
-    those next tokens. Without it `labels` is (batch, length), for a model that shifts them itself.
+    those next tokens. Without it `labels` is (batch, length), for a model that shifts them itself. `numbers` is for
+    Examples.places(), not for the model.
     """
 
     pad_token_id: int
@@ -117,7 +119,7 @@ class Collator:
             targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
             batch["logits_to_keep"] = targets != IGNORE_INDEX
             batch["labels"] = batch["shift_labels"] = targets[batch["logits_to_keep"]]
-        return batch
+        return batch | {"numbers": [s["number"] for s in sequences if "number" in s]}
 
 
 def plan_bins(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -177,6 +179,9 @@ class Bins(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    def places(self, numbers: list[int]) -> list[str]:
+        return self.examples.places(numbers)
+
     def __getitem__(self, b: int) -> list[dict]:
         return [self.examples[int(i)] for i in self.order[self.starts[b] : self.starts[b + 1]]]
 
@@ -184,3 +189,16 @@ class Bins(torch.utils.data.Dataset):
     def fill(self) -> float:
         """Share of all bins' places that hold a token."""
         return float(self.examples.lengths.sum()) / (len(self) * self.capacity)
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """Groups rows of similar length, in another order each epoch. The order depends on the seed alone: it is the same
+    on every rank and after a resume."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)

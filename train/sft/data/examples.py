@@ -8,8 +8,11 @@ Refused: what rows.py refuses, and with `file:line` what rows.py, thinking.py an
 
 import functools
 import hashlib
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,7 @@ from sft.messages import Refused, note
 
 IGNORE_INDEX = -100  # the label of a token that is not supervised
 INTS = pa.list_(pa.int32())
-SCHEMA = pa.schema({"input_ids": INTS, "spans": INTS, "row_hash": pa.uint32()})
+SCHEMA = pa.schema({"input_ids": INTS, "spans": INTS, "row_hash": pa.uint32(), "line": pa.uint32()})
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Options:
 def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options: Options) -> tuple[pa.Table, Report]:
     """Lines → token sequences, cut as the options say, and what was found on the way.
 
-    Returns a table of `input_ids`, `spans` (first token and end of each supervised stretch, flat) and `row_hash` (the
-    same for all sequences of a row).
+    Returns a table of `input_ids`, `spans` (first token and end of each supervised stretch, flat), `row_hash` and
+    `line` (both the same for all sequences of a row).
     """
     report, rendered, texts = Report(), [], []
     for number, line in lines:
@@ -70,7 +73,8 @@ def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options
         if not kept and (longest <= options.max_seq_length or options.overlong == "truncate"):
             report.found("unsupervised", number)
         report.counts["split"] += len(kept) > 1
-        encoded += [{"input_ids": ids, "spans": spans, "row_hash": row_hash} for ids, spans in kept]
+        of_row = {"row_hash": row_hash, "line": number}
+        encoded += [{"input_ids": ids, "spans": spans, **of_row} for ids, spans in kept]
     return pa.Table.from_pylist(encoded, SCHEMA), report
 
 
@@ -107,10 +111,16 @@ def cut_row(
 
 
 class Examples(torch.utils.data.Dataset):
-    """Token sequences, memory-mapped (`rows`: a datasets.Dataset), with the counts that the results report."""
+    """Token sequences, memory-mapped, with the counts that the results report.
 
-    def __init__(self, rows: Any, report: Report, index: np.ndarray | None = None):
-        self.report = report
+    Args:
+        rows: a datasets.Dataset with the columns of SCHEMA.
+        files: of each file, in order, the first of its sequences in `rows`, and its path.
+        index: which of `rows`, default all.
+    """
+
+    def __init__(self, rows: Any, report: Report, files: list[tuple[int, Path]], index: np.ndarray | None = None):
+        self.report, self.files = report, files
         self.rows = rows.with_format("numpy", columns=["input_ids", "spans"])
         self.index = np.arange(len(rows)) if index is None else index
 
@@ -118,12 +128,23 @@ class Examples(torch.utils.data.Dataset):
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        """`input_ids` and `labels` (length,): the label of a supervised token is its id, else IGNORE_INDEX."""
-        row = self.rows[int(self.index[i])]
+        """`input_ids` and `labels` (length,): the label of a supervised token is its id, else IGNORE_INDEX. `number`:
+        see places()."""
+        number = int(self.index[i])
+        row = self.rows[number]
         labels = np.full_like(row["input_ids"], IGNORE_INDEX)
         for start, end in row["spans"].reshape(-1, 2):
             labels[start:end] = row["input_ids"][start:end]
-        return {"input_ids": row["input_ids"], "labels": labels}
+        return {"input_ids": row["input_ids"], "labels": labels, "number": number}
+
+    def places(self, numbers: list[int]) -> list[str]:
+        """The places of sequences by their `number`, each once: `file:line`, and `line` for the next of one file."""
+        lines, places, before = self.rows.data.column("line"), [], None
+        files = [self.files[bisect_right(self.files, n, key=itemgetter(0)) - 1][1] for n in numbers]
+        for file, line in dict.fromkeys(zip(files, (lines[n].as_py() for n in numbers))):
+            places.append(f"{line}" if file == before else f"{file}:{line}")
+            before = file
+        return places
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -135,8 +156,8 @@ class Examples(torch.utils.data.Dataset):
         hashes = self.rows.data.column("row_hash").to_numpy()[self.index]
         apart = hashes < share * 2**32
         return (
-            Examples(self.rows, self.report, self.index[~apart]),
-            Examples(self.rows, self.report, self.index[apart]),
+            Examples(self.rows, self.report, self.files, self.index[~apart]),
+            Examples(self.rows, self.report, self.files, self.index[apart]),
         )
 
     def figures(self) -> dict[str, int]:
@@ -174,15 +195,16 @@ def load_examples(
     workers = workers or workers_for(files)
     encode = functools.partial(encode_rows, chat=ChatFormat(tokenizer), options=options)
     key = [fingerprint(tokenizer), repr(options)]
-    parts, report = [], Report()
+    parts, starts, report = [], [0], Report()
     for file in files:
         rows, found = tokenized(file, key, encode, workers)
         if found.notes:
             note(f"{file}: accepted: {', '.join(found.notes)}")
         report.add(found, file)
         parts.append(rows)
+        starts.append(starts[-1] + len(rows))
     report_findings(report, bad_rows, options.overlong, options.max_seq_length)
     rows = datasets.concatenate_datasets(parts)
     if not len(rows):
         raise Refused(f"{flag} {' '.join(patterns)}: no row has a token to learn within --max_seq_length")
-    return Examples(rows, report)
+    return Examples(rows, report, list(zip(starts, files)))

@@ -27,6 +27,7 @@ import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from sft.data.report import Report
 from sft.data.rows import Unreadable, read_lines
@@ -38,6 +39,7 @@ WORTH_A_WORKER = 2**23  # bytes of rows for which one more process starts
 MOST_WORKERS = 16
 A_DAY = 86_400  # seconds after which what another pass left behind is nobody's
 RACY = 2 * 10**9  # nanoseconds within which a file may change again without its times telling
+OF_A_PLACE = ("_file", "name_or_path", "auto_map", "is_local", "local_files_only", "_commit_hash", "trust_remote_code")
 CODE = sorted(Path(__file__).parent.glob("*.py"))
 
 Line = tuple[int, bytes | None]
@@ -80,22 +82,28 @@ def digest(*parts: str) -> str:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides how a tokenizer renders and tokenizes, this code included. Where the tokenizer
-    lies does not count: a checkpoint's copy is the same."""
+    """A hash of everything that decides how a tokenizer renders and tokenizes, this code included."""
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in CODE]
+    versions = [version(name) for name in ("transformers", "tokenizers", "jinja2", "tiktoken")]
+    return digest(tokenizer_digest(tokenizer), *contents, *versions)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of a tokenizer and its template. Where it lies does not count: a checkpoint's copy is the same."""
     given = sorted(tokenizer.init_kwargs.items())
-    settings = [(name, value) for name, value in given if not name.endswith(("_file", "name_or_path", "auto_map"))]
-    files = list(CODE)
+    settings = [(name, value) for name, value in given if not name.endswith(OF_A_PLACE)]
+    files = []
     if tokenizer.is_fast:
         vocabulary = tokenizer.backend_tokenizer.to_str()
     else:
         vocabulary = repr(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
         named = [Path(value) for name, value in given if name.endswith("_file") and isinstance(value, str)]
-        files += [file for file in named if file.is_file()]
+        files = [file for file in named if file.is_file()]
         code = Path(inspect.getsourcefile(type(tokenizer)) or "")
-        files += sorted(code.parent.glob("*.py")) if "transformers_modules" in code.parts else []
+        if "transformers_modules" in code.parts:
+            files += [code, *map(Path, sorted(get_relative_import_files(code)))]
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    versions = [version(name) for name in ("transformers", "tokenizers", "jinja2", "tiktoken")]
-    return digest(vocabulary, repr(tokenizer.chat_template), repr(settings), *contents, *versions)
+    return digest(vocabulary, repr(tokenizer.chat_template), repr(settings), *contents)
 
 
 def stamp(file: Path) -> str:

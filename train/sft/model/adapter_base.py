@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from sft.messages import Refused, first_few, note, read_json
 from sft.model.directory import HARMLESS, ModelDirectory
 from sft.model.weight_files import build_on_meta, is_transformers_own, names_in_model
@@ -40,6 +42,13 @@ def fingerprint(base: ModelDirectory, code: str) -> dict[str, list] | None:
         values = [value for part in parts for value in first_values(base, part)]
         found[name] = [base.tensors[parts[0]].dtype, list(shapes[name]), values[:VALUES]]
     return found
+
+
+def base_digest(base: ModelDirectory) -> str | None:
+    """A hash of the fingerprint, whatever dtype the files have."""
+    found = fingerprint(base, "remote" if base.runs_own_code else "native") or {}
+    values = {name: entry[1:] for name, entry in found.items()}
+    return xxhash.xxh3_128_hexdigest(json.dumps(values).encode()) if values else None
 
 
 def first_values(base: ModelDirectory, name: str) -> list[float]:

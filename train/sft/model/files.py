@@ -21,7 +21,7 @@ OF_A_MODEL = re.compile(
 # What is not named where it is not copied: weights, and what training and merging write.
 OF_A_RUN = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf)(\.index\.json)?|.*\.tmp-\d+|.*\.lock|log_.*\.txt|loss\.png|rng_state.*"
-    r"|(config|adapter_config|base|kept_in_fp32|trainer_state|.*_results)\.json|zero_to_.*\.py|latest|runs"
+    r"|(config|adapter_config|base|kept_in_fp32|trainer_state|manifest|run|.*_results)\.json|zero_to_.*\.py|latest|runs"
     r"|(checkpoint|previous)-.*|global_step.*|additional_chat_templates"
 )
 

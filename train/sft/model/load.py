@@ -18,12 +18,11 @@ from transformers import (
 )
 
 from sft.arguments import ModelArguments, TrainingArguments
-from sft.data.tokenized import fingerprint
 from sft.messages import Refused, choice, note
 from sft.model.adapter_base import record_base
 from sft.model.directory import ModelDirectory
 from sft.model.moe import moe_layers, route_in_fp32
-from sft.model.pretrained import first_line, load_pretrained, load_tokenizer
+from sft.model.pretrained import first_line, load_pretrained
 from sft.model.weight_files import is_transformers_own
 
 ROWS_RUN_TOGETHER = (
@@ -85,13 +84,6 @@ def looks_local(path: str) -> bool:
 def may_run_code(args: ModelArguments, path: str | None) -> bool:
     """Whether code that a directory brings may run: as --trust_remote_code says, else that of a local one alone."""
     return path not in args.hub_ids if args.trust_remote_code is None else args.trust_remote_code
-
-
-def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: ModelDirectory, checkpoint: Path) -> None:
-    """Refuse another tokenizer or template than the checkpoint's: its run is of other tokens."""
-    its_own = load_tokenizer(checkpoint, directory.tokenizer_trusted)
-    if fingerprint(tokenizer) != fingerprint(its_own):
-        raise Refused(f"--tokenizer_name_or_path {directory.tokenizer_path}: is not the tokenizer of {checkpoint}")
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

@@ -11,6 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -118,6 +120,35 @@ def number_of_processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
+def from_all_ranks(value: Any) -> list[Any]:
+    """What each rank has called this with, by rank: values that json knows. By the rendezvous's store: there is no
+    process group yet. All ranks must call."""
+    if number_of_processes() == 1:
+        return [value]
+    store, rank, size = _meeting()
+    call = store.add(f"calls of rank {rank}", 1)
+    store.set(f"call {call} of rank {rank}", json.dumps(value))
+    values = [json.loads(store.get(f"call {call} of rank {other}")) for other in range(size)]
+    store.set(f"call {call} read by rank {rank}", "")
+    if rank == 0:  # it may end the process next, and the store with it
+        store.wait([f"call {call} read by rank {other}" for other in range(size)])
+    return values
+
+
+@functools.cache  # rank 0 serves the store for as long as it is kept
+def _meeting() -> tuple[torch.distributed.Store, int, int]:
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timedelta(minutes=30)))
+    return torch.distributed.PrefixStore("before the process group", store), rank, size
+
+
+def ranks_of_this_disk(args: transformers.TrainingArguments) -> range:
+    """The ranks that save where this one does: all, with --save_on_each_node those of its node."""
+    if not args.save_on_each_node:
+        return range(args.world_size)
+    first = args.process_index - args.local_process_index
+    return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE") or args.world_size))
+
+
 def set_rendezvous_variables(deepspeed: bool) -> None:
     """Set the rendezvous variables where the launcher did not: under srun from Slurm's own, else, for DeepSpeed, a
     world of one. DeepSpeed otherwise looks for MPI.
@@ -165,6 +196,16 @@ def use_built_arguments(training: transformers.TrainingArguments) -> None:
 # ------------------------------------------------------------------------------------------------- the end
 
 
+def refuse_together(why: str | None) -> None:
+    """Refuse on all ranks with the first reason that one has. All ranks must call."""
+    ranks = [why]
+    if torch.distributed.is_initialized():
+        ranks = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, why)
+    if first := next(filter(None, ranks), None):
+        raise Refused(first)
+
+
 def first_rank_refuses() -> bool:
     """Whether the first rank has come to a refusal, too, and has said so: waited for on the other ranks, for 20 s.
     False before the ranks have met."""
@@ -180,6 +221,55 @@ def first_rank_refuses() -> bool:
     except torch.distributed.DistNetworkError:  # the store has ended with it
         pass
     return True
+
+
+FAILED = "a rank has failed"  # a key of the process group's store
+
+
+@contextlib.contextmanager
+def failing_together(explain: Callable[[Exception], str | None]) -> Iterator[None]:
+    """A block that all ranks begin and end together. Once it fails on one, all end with exit code 1, also those that
+    wait in a collective, where nothing else would reach them.
+
+    Args:
+        explain: one line to print for an exception, or None: then it goes on with its traceback.
+    """
+    store = _get_default_store() if torch.distributed.is_initialized() else None
+    done = threading.Event()
+    watch = threading.Thread(target=end_with_the_others, args=(store, done), daemon=True)
+    if store:
+        watch.start()
+    try:
+        yield
+        if store:
+            torch.distributed.barrier()
+    except Exception as error:
+        line = explain(error)
+        if store:
+            done.set()
+            watch.join()
+            if store.add(FAILED, 1) > 1:  # another rank has said why
+                sys.exit(1)
+            if line:
+                print(line, file=sys.stderr, flush=True)
+            with contextlib.suppress(torch.distributed.DistError):
+                ranks = set(range(torch.distributed.get_world_size())) - {torch.distributed.get_rank()}
+                store.wait([f"rank {rank} ends" for rank in ranks], timedelta(seconds=20))
+            if line:
+                sys.exit(1)
+        elif line:
+            sys.exit(line)
+        raise
+    finally:
+        done.set()
+
+
+def end_with_the_others(store: torch.distributed.Store, done: threading.Event) -> None:
+    """End this process with exit code 1 once another rank has failed. In a thread."""
+    while not done.wait(0.5):
+        if store.check([FAILED]):
+            store.set(f"rank {torch.distributed.get_rank()} ends", "")
+            os._exit(1)
 
 
 def exit_all_ranks(code: int) -> NoReturn:

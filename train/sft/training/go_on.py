@@ -16,7 +16,8 @@ from sft.training.output_dir import keep_step
 
 
 def losses_so_far(state: dict[str, Any]) -> dict[str, float]:
-    """Of a trainer_state.json: the sums of its steps' losses until the last logging step and since, and that step."""
+    """Of a trainer_state.json: the sums of its steps' losses until the last logging step and since, that step, and the
+    last one that was skipped."""
     if kept := state.get("stateful_callbacks", {}).get("GoOn"):
         return kept["attributes"]
     total, last = 0.0, 0  # of an earlier release: the losses since are not known, and counted as the mean
@@ -26,12 +27,14 @@ def losses_so_far(state: dict[str, Any]) -> dict[str, float]:
     return {"logged": total * step / max(last, 1), "unlogged": 0.0, "last_logged": step}
 
 
-def follow_schedule(scheduler: Any, step: int, max_steps: int) -> None:
+def follow_schedule(scheduler: Any, step: int, max_steps: int, learning_rate: float | None = None) -> None:
     """Give the optimizer the rate that the schedule now has for the next step, and say so where it was another: the
-    Trainer would take the checkpoint's once more."""
+    Trainer would take the checkpoint's once more. `learning_rate`: the highest, if it is not the checkpoint's."""
     if not hasattr(scheduler, "lr_lambdas"):  # it follows the loss, or is DeepSpeed's own
         return
-    before, scheduler.last_epoch = scheduler.get_last_lr()[0], scheduler.last_epoch - 1
+    if learning_rate is not None:
+        scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
+    before, scheduler.last_epoch = scheduler.get_last_lr()[0], (scheduler.last_epoch or step) - 1
     scheduler.step()
     if (now := scheduler.get_last_lr()[0]) != before:
         choice("next learning rate", f"{now:.4g}", f"step {step + 1} of {max_steps}; as it was planned {before:.4g}")
@@ -41,14 +44,15 @@ class GoOn(TrainerCallback, ExportableState):
     """What the Trainer forgets at a checkpoint: losses that are not logged yet, intervals that are given anew. For one
     who stops the run, what was saved last and the command that goes on."""
 
-    def __init__(self, trainer: transformers.Trainer, train_data_file: list[str]):
-        self.trainer, self.train_data_file = trainer, train_data_file
+    def __init__(self, trainer: transformers.Trainer):
+        self.trainer = trainer
         self.saved = ""  # the last checkpoint of this process
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps, as losses_so_far() returns it."""
         kept = {"logged": "_total_loss_scalar", "unlogged": "unlogged", "last_logged": "_globalstep_last_logged"}
-        return {"args": {}, "attributes": {name: getattr(self.trainer, own, 0) for name, own in kept.items()}}
+        attributes = {name: getattr(self.trainer, own, 0) for name, own in kept.items()}
+        return {"args": {}, "attributes": attributes | {"last_skipped": self.trainer.finite.last_skipped}}
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         """Put back what a checkpoint kept, and follow this start's schedule and intervals."""
@@ -56,7 +60,10 @@ class GoOn(TrainerCallback, ExportableState):
             losses, trainer = losses_so_far(vars(state)), self.trainer
             trainer._total_loss_scalar, trainer._globalstep_last_logged = losses["logged"], losses["last_logged"]
             trainer._tr_loss += losses["unlogged"]
-            follow_schedule(getattr(lr_scheduler, "scheduler", lr_scheduler), state.global_step, state.max_steps)
+            trainer.finite.last_skipped = losses.get("last_skipped", trainer.finite.last_skipped)
+            highest = args.learning_rate if args.resume_anyway else None
+            scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
+            follow_schedule(scheduler, state.global_step, state.max_steps, highest)
         for callback in self.trainer.callback_handler.callbacks:  # one that the checkpoint does not know
             if isinstance(callback, ExportableState):
                 state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
@@ -77,6 +84,5 @@ class GoOn(TrainerCallback, ExportableState):
         ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
         launcher = "python" if args.world_size == 1 else f"torchrun --nproc_per_node {ranks}"
         begin = os.environ.get("GO_ON_WITH") or f"{launcher} {shlex.quote(sys.argv[0])}"
-        flags = ["--resume_from_checkpoint", self.saved, "--train_data_file", *self.train_data_file]
-        flags += ["--output_dir", args.output_dir]
-        return f"Last checkpoint: {self.saved}. Continue with:\n{begin} {shlex.join(flags)}"
+        command = f"{begin} --resume_from_checkpoint {shlex.quote(self.saved)}"
+        return f"Last checkpoint: {self.saved}. Continue with:\n{command}"

@@ -3,18 +3,23 @@
 Refused (exit code 2): what is not; also one that is, or would be moved with, the model to train.
 """
 
+import errno
 import fcntl
 import os
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import IO
 
-import torch
 from transformers import TrainingArguments
 
-from sft.messages import Refused, first_few, note
+from sft.messages import Refused, first_few, note, read_json
 from sft.model.files import files_of_a_model
 from sft.processes import LOCK, STARTED, write_step
+from sft.training.choose import is_foreign
+from sft.training.environment import refuse_together
+from sft.training.manifest import MANIFEST, checkpoints_in, step_of
 
 # What a run puts at the top of its directory, beside the files of a model.
 RUN_FILES = (
@@ -29,7 +34,8 @@ locks: dict[Path, IO] = {}  # {path: open file}, for as long as this process liv
 def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_path: str | None) -> bool:
     """Refuse an output directory that is a file, holds another run, or that overwriting would take the model from.
 
-    Returns whether there is an earlier run to set aside, once the new one is about to begin.
+    Returns whether there is an earlier run to set aside, once the new one is about to begin. With --auto_resume and
+    without a whole checkpoint a finished run stays as it is: ends the process.
     """
     output = Path(args.output_dir)
     lock_output_dir(args)
@@ -56,12 +62,25 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
         )
     if not held and not runs:
         return False
+    if args.auto_resume and is_finished(output):
+        note(f"{output}: the run is finished, it stays as it is")
+        sys.exit(0)
+    if args.auto_resume and not (output / "train_results.json").exists():
+        return False  # its checkpoints are torn, else there was one to go on from
     if not args.overwrite_output_dir:
         raise Refused(
             f"--output_dir {output}: holds another run. Choose another directory, go on with it "
             "(--resume_from_checkpoint), or set it aside (--overwrite_output_dir)"
         )
     return True
+
+
+def is_finished(output: Path, step: int | None = None) -> bool:
+    """Whether a run has written its final files there, after `step` if that is given, else after its last."""
+    if not (output / "train_results.json").is_file() or not (output / "trainer_state.json").is_file():
+        return False
+    done, state = (read_json(output / name) for name in ("train_results.json", "trainer_state.json"))
+    return done.get("global_step") == (step or state.get("max_steps"))
 
 
 def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
@@ -84,21 +103,44 @@ def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
                 why = f"--output_dir {path.parent}: cannot be written ({error.strerror})"
             else:
                 note(f"{path.parent}: is not locked, its file system has no locks ({error.strerror})")
-    ranks = [why] * args.world_size
-    if torch.distributed.is_initialized():
-        torch.distributed.all_gather_object(ranks, why)
-    if any(ranks):
-        raise Refused(next(filter(None, ranks)))
+    refuse_together(why)
+
+
+def check_still_ours(output: Path) -> None:
+    """Raise FileNotFoundError where the directory that this process holds was deleted; another job may have made one
+    in its place."""
+    if held := locks.get(output / LOCK):
+        try:
+            same = os.path.samestat(os.fstat(held.fileno()), os.stat(output / LOCK))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise FileNotFoundError(errno.ENOENT, "was deleted while the run went on", str(output))
 
 
 def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:
-    """Keep other jobs out, and set an earlier run aside: this one begins. All ranks must call."""
+    """Keep other jobs out, and set an earlier run aside: this one begins. Where it goes on, checkpoints that are newer
+    than its own are of steps that it makes anew. All ranks must call."""
     lock_output_dir(args, begin=True)
+    output = Path(args.output_dir)
     keep_step(args, 0)
     if args.should_save:
-        remove_old_stop_file(Path(args.output_dir))
+        remove_old_stop_file(output)
     if earlier_run and args.should_save:
-        set_aside(Path(args.output_dir))
+        place = set_aside(output, files_of_a_run(output))
+        note(f"--overwrite_output_dir: the earlier run in {output} was moved to {place}")
+    elif args.should_save:
+        resumed = Path(args.resume_from_checkpoint or "").resolve()
+        begun = step_of(resumed) if resumed.parent == output.resolve() else 0
+        for checkpoint in checkpoints_in(output):
+            if step_of(checkpoint) <= begun:
+                continue
+            if (checkpoint / MANIFEST).exists() or is_foreign(checkpoint):
+                place = set_aside(output, [checkpoint])
+                note(f"{checkpoint.name}: was moved to {place}: the run goes on from step {begun}")
+            else:
+                shutil.rmtree(checkpoint)
+                note(f"{checkpoint.name}: was not whole, removed")
 
 
 def keep_step(args: TrainingArguments, step: int) -> None:
@@ -115,13 +157,17 @@ def remove_old_stop_file(output_dir: Path) -> None:
         note(f"{file}: removed, because it is older than this start")
 
 
-def set_aside(output_dir: Path) -> None:
-    """Move an earlier run's checkpoints, final model and results into `previous-<time>/`; logs and curves stay."""
-    found = [file for pattern in RUN_FILES for file in output_dir.glob(pattern)]
-    found += files_of_a_model(output_dir, quiet=True).values()
-    earlier = output_dir / time.strftime("previous-%Y%m%d-%H%M%S")
-    for file in found:
-        place = earlier / file.relative_to(output_dir)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file.rename(place)
-    note(f"--overwrite_output_dir: the earlier run in {output_dir} was moved to {earlier}")
+def files_of_a_run(output: Path) -> list[Path]:
+    """Checkpoints, final model and results; not logs and curves."""
+    found = [file for pattern in RUN_FILES for file in output.glob(pattern)]
+    return [*found, *files_of_a_model(output, quiet=True).values()]
+
+
+def set_aside(output: Path, files: list[Path]) -> Path:
+    """Move what an output directory holds into `previous-<time>/` in it, and return that."""
+    place = output / time.strftime("previous-%Y%m%d-%H%M%S")
+    for file in files:
+        target = place / file.relative_to(output)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)
+    return place

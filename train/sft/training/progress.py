@@ -1,10 +1,7 @@
-"""Progress and throughput: the line of each logging step, the count of tokens and seconds, the stop at a non-finite
-loss."""
+"""Progress and throughput: the line of each logging step, the count of tokens and seconds."""
 
-import math
 import re
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from sft.data.examples import IGNORE_INDEX
-from sft.messages import is_first_rank
 from sft.model.files import write_json
 from sft.model.moe import first_of
 from sft.training.probe import Probe
@@ -31,7 +27,6 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "A800": 312e12,
 }
-EXIT_NON_FINITE = 3
 
 
 class ProgressLine(ProgressCallback):
@@ -50,22 +45,6 @@ class ProgressLine(ProgressCallback):
         parts += [f"{kind} {logs[kind]:.6f}" for kind in kinds]
         parts += [f"{key} {logs[key]:.4g}" for key in ("grad_norm", "learning_rate", "epoch") if key in logs]
         tqdm.write("  ".join(parts))  # above the bar, where there is one
-
-
-def stop_if_not_finite(loss: float, step: int) -> None:
-    """End the run with exit code 3 when a loss is nan or infinite. Every rank must see the same value."""
-    if not math.isfinite(loss):
-        if is_first_rank():
-            print(f"stopped: the loss is {loss} at step {step}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_NON_FINITE)
-
-
-class StopOnNonFinite(TrainerCallback):
-    """Checks each loss that is logged. Before a checkpoint the Trainer (trainer.py) checks those not yet logged."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in (logs or {}):
-            stop_if_not_finite(logs["loss"], state.global_step)
 
 
 class Meter(TrainerCallback):

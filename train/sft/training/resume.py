@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,18 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from sft.arguments import DataArguments, ModelArguments
+from sft.data.tokenized import tokenizer_digest
 from sft.messages import Refused, note, read_json
-from sft.model.adapter_base import check_base
+from sft.model.adapter_base import base_digest, check_base
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE, write_json
-from sft.model.load import check_same_tokenizer, fetch, open_directory
+from sft.model.load import fetch, open_directory
 from sft.model.pretrained import load_tokenizer
 from sft.model.weight_files import INDEX, open_tensors
 from sft.training.go_on import losses_so_far
-from sft.training.output_dir import lock_output_dir
+from sft.training.output_dir import is_finished, lock_output_dir
 from sft.training.progress import Meter
+from sft.training.record import compare, record_start
 from sft.training.save import save_dtype
 
 
@@ -43,6 +45,7 @@ class Start:
 def find_start(args: ModelArguments, data: DataArguments, training: TrainingArguments) -> Start:
     """What the flags name, opened and checked; hub ids are fetched."""
     fetch(args)
+    named = args.model_name_or_path
     checkpoint = find_checkpoint(args, training)
     fetch(args)  # the base that a resumed adapter names
     directory = open_directory(args, data.packing)
@@ -53,8 +56,15 @@ def find_start(args: ModelArguments, data: DataArguments, training: TrainingArgu
     elif args.any_base:
         note("--any_base has no effect: no adapter is resumed")
     tokenizer = load_tokenizer(directory.tokenizer_path, directory.tokenizer_trusted)
-    if checkpoint and "tokenizer_name_or_path" in args.given:
-        check_same_tokenizer(tokenizer, directory, checkpoint)
+    if checkpoint and "tokenizer_name_or_path" in args.given and "tokenizer" not in training.record:
+        training.record["tokenizer"] = tokenizer_digest(load_tokenizer(checkpoint, directory.tokenizer_trusted))
+    record_start(training, directory, tokenizer)
+    if not args.use_lora and not checkpoint:  # an adapter has base.json
+        training.record["base"] = base_digest(directory) if directory.path else None
+    elif not args.use_lora and named and Path(named).resolve() != Path(str(checkpoint)).resolve():
+        base = open_directory(replace(args, model_name_or_path=named))
+        what = f"--model_name_or_path {named}: is not the base of the run"
+        compare(training.record, "base", base_digest(base), what, training.resume_anyway)
     return Start(directory, tokenizer, checkpoint)
 
 
@@ -65,8 +75,6 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     if not {"global_step", "log_history"} <= set(state) or (checkpoint / "train_results.json").exists():
         why = "it has no whole trainer_state.json" if checkpoint.is_dir() else "no such directory"
         why = "it is a run's directory without checkpoints" if (checkpoint / "train_results.json").exists() else why
-        inner = max(checkpoint.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
-        why = f"it is a run's directory: give {inner}" if inner else why
         raise Refused(f"--resume_from_checkpoint {checkpoint}: is not a checkpoint ({why})")
     return state
 
@@ -131,7 +139,9 @@ def check_training_state(checkpoint: Path, args: TrainingArguments) -> None:
         needed.insert(0, checkpoint / "latest")
     for file in needed:
         why = "missing" if not file.exists() else "not whole"
-        if why == "missing" or not (file.is_dir() or zipfile.is_zipfile(file)):
+        if why == "missing" and args.resume_anyway and not deepspeed:
+            note(f"--resume_anyway: not exact: {file.name} is missing: begun afresh")
+        elif why == "missing" or not (file.is_dir() or zipfile.is_zipfile(file)):
             raise Refused(f"--resume_from_checkpoint {checkpoint}: {file.name} is {why}. {advice}")
     note(f"going on from {checkpoint}: weights, optimiser, scheduler, data position and random state")
 
@@ -161,13 +171,14 @@ def write_final_files(
         any_base: an adapter's files go on naming the base that the checkpoint names, and not the one that is used.
         figures: for train_results.json, beside the step and the mean loss.
     """
+    output, state = Path(args.output_dir), read_trainer_state(checkpoint)
+    if args.auto_resume and is_finished(output, state["global_step"]):
+        return note(f"{output}: the run is finished, it stays as it is")
     note(f"{checkpoint} is the end of a finished run: no step is left, its final files are written")
     lock_output_dir(args, begin=True)  # all ranks have looked at output_dir then
     if not args.should_save:
         return
-    output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    state = read_trainer_state(checkpoint)
     best = checkpoint.with_name(Path(state.get("best_model_checkpoint") or checkpoint).name)
     weights = best if args.load_best_model_at_end and best.is_dir() else checkpoint
     is_adapter = (checkpoint / "adapter_config.json").is_file()

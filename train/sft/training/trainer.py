@@ -1,25 +1,33 @@
 """Hugging Face's Trainer and what we add: the count of tokens, `--min_lr` with every scheduler, grouping by known
-lengths, the watch on the routers, an `eval_loss` over all supervised tokens, and complete saved directories."""
+lengths, the watches on routers and on what is not finite, an `eval_loss` over all supervised tokens, and complete
+saved directories."""
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from torch.utils.data import SequentialSampler
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from sft.arguments import KNOW_A_LOWEST_RATE
-from sft.data.batches import Filled
+from sft.data.batches import Filled, GroupedByLength
 from sft.data.examples import IGNORE_INDEX
 from sft.messages import Refused, choice
 from sft.model.directory import ModelDirectory
+from sft.model.files import write_json
 from sft.model.load import without_adapter
 from sft.model.moe import Routers, moe_layers
 from sft.model.pretrained import load_pretrained
 from sft.model.weight_files import is_transformers_own, names_in_model
-from sft.training.progress import Meter, stop_if_not_finite
+from sft.training.disk import Reporter, checkpoint_bytes, why_not_saved
+from sft.training.environment import failing_together
+from sft.training.finite import FiniteWatch
+from sft.training.manifest import RUN, remove, rotate, write_manifest
+from sft.training.output_dir import check_still_ours
+from sft.training.progress import Meter
 from sft.training.save import (
     gathered_state,
     master_values,
@@ -28,22 +36,6 @@ from sft.training.save import (
     write_deepspeed_latest,
     write_on_this_rank,
 )
-
-
-def mean_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Cross entropy of the next token, the mean over the supervised tokens of the whole step. For models whose own
-    loss is the mean over one batch.
-
-    Args:
-        labels: (batch, length).
-        num_items_in_batch: supervised tokens of the whole step; None: those of this batch.
-    """
-    logits = outputs.logits[:, :-1].flatten(0, 1)
-    targets = labels[:, 1:].flatten().to(logits.device)
-    total = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    if num_items_in_batch is None:
-        num_items_in_batch = targets.ne(IGNORE_INDEX).sum()
-    return total / num_items_in_batch
 
 
 def with_min_lr(factor: Callable[[int], float], warmup_steps: int, low: float) -> Callable[[int], float]:
@@ -55,19 +47,6 @@ def with_min_lr(factor: Callable[[int], float], warmup_steps: int, low: float) -
         return low + (1 - low) * factor(step)
 
     return squeezed
-
-
-class GroupedByLength(LengthGroupedSampler):
-    """Groups rows of similar length, in another order each epoch. The order depends on the seed alone: it is the same
-    on every rank and after a resume."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
 
 
 class Trainer(transformers.Trainer):
@@ -89,13 +68,20 @@ class Trainer(transformers.Trainer):
             # DDP need not search the graph at each step. Each trained parameter of these classes gets a gradient:
             # their experts are fused, and load_model freezes Hy4's indexer.
             training_args.ddp_find_unused_parameters = False
+        # The Trainer's rotation goes by mtime: after a clock change it deletes the newest.
+        self.save_total_limit, training_args.save_total_limit = training_args.save_total_limit, None
+        training_args.remove_unused_columns = False  # the rows' numbers are for us
         super().__init__(*args, **kwargs)
+        handler = self.callback_handler
+        handler.callbacks = [Reporter(c) if "integration" in type(c).__module__ else c for c in handler.callbacks]
         self.meter = meter
+        self.finite = FiniteWatch(self)
         self.companions = companions
         companions.hold()
         self.masters: dict[str, torch.Tensor] = {}  # on the saving rank while it saves, see masters_to_save
         self.unlogged = 0.0
         self.add_callback(meter)
+        self.add_callback(self.finite)
         self.routers = self.make_routers(router_aux_loss_coef)
         if companions.unused and not self.is_adapter:
             why = "layers for next-token prediction, which the class does not have: saved as the base has them"
@@ -115,22 +101,30 @@ class Trainer(transformers.Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one step, whose tokens are counted."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.finite.begin_step([batch.pop("numbers") for batch in batches])
         self.meter.count(batches)
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss, with `--router_aux_loss_coef` the load-balancing loss included. That is divided by the number of
         micro-batches, because their gradients are summed (those of the ranks are averaged)."""
-        if not (self.routers and model.training):
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.routers.watch(inputs.get("attention_mask")):
+        with self.routers.watch(inputs.get("attention_mask")) if self.routers else contextlib.nullcontext():
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.routers.coefficient:
+        if self.routers and self.routers.coefficient:
             balance = self.routers.loss()
             if self.model_accepts_loss_kwargs or self.compute_loss_func:  # else the Trainer divides
                 balance = balance / self.current_gradient_accumulation_steps
             loss = loss + balance
+        loss = self.finite.keep(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm, after whose check the step is made or not."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.finite.check(None if norm is None else float(norm))
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, besides, the load-balancing loss that `loss` contains; at the end the mean loss of the whole run, the
@@ -138,7 +132,7 @@ class Trainer(transformers.Trainer):
         if self.routers and self.routers.coefficient and "loss" in logs:
             logs["router_aux_loss"] = self.routers.mean_loss()
         if "train_loss" in logs:
-            self.stop_if_not_finite()
+            self.gather_unlogged()
             # the Trainer has added what rank 0 has not logged; all ranks' mean takes its place
             total = self._total_loss_scalar - self._tr_loss.item() + self.unlogged
             logs["train_loss"] = total / self.state.global_step
@@ -156,6 +150,7 @@ class Trainer(transformers.Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The batch's loss. Its sum over supervised tokens is kept for evaluation_loop."""
+        del inputs["numbers"]
         supervised = inputs["labels"].ne(IGNORE_INDEX).sum().item()
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         if supervised:
@@ -185,22 +180,42 @@ class Trainer(transformers.Trainer):
             scheduler.lr_lambdas = [with_min_lr(factor, warmup_steps, low) for factor in scheduler.lr_lambdas]
         return scheduler
 
-    def stop_if_not_finite(self) -> None:
-        """End the run if a loss since the last logging step is not finite; keep their sum. All ranks must call."""
-        ranks = self.accelerator.gather(self._tr_loss.detach().reshape(1))
-        self.unlogged = ranks.mean().item()
-        stop_if_not_finite(self.unlogged, self.state.global_step)
+    def gather_unlogged(self) -> None:
+        """Keep the sum of the losses since the last logging step. All ranks must call."""
+        self.unlogged = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item()
 
     def _save_checkpoint(self, model, trial) -> None:
-        self.stop_if_not_finite()
-        super()._save_checkpoint(model, trial)
-        if self.args.save_on_each_node and self.args.should_save and self.is_deepspeed_enabled:
-            write_deepspeed_latest(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+        """Save a checkpoint, make it whole and delete old ones. Where it cannot be written, all ranks end with exit
+        code 1. All ranks must call."""
+        self.gather_unlogged()
+        args, output = self.args, Path(self.args.output_dir)
+        checkpoint = output / f"checkpoint-{self.state.global_step}"
+        with failing_together(partial(why_not_saved, checkpoint, checkpoint_bytes(self.model, args))):
+            if args.should_save:
+                check_still_ours(output)
+                remove(checkpoint)  # a torn one, or one of a branch that was abandoned
+                checkpoint.mkdir()
+                write_json(checkpoint / RUN, args.record)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if args.save_on_each_node and args.should_save and self.is_deepspeed_enabled:
+                write_deepspeed_latest(checkpoint)
+            write_manifest(checkpoint, args)
+            if args.should_save:
+                rotate(output, self.save_total_limit, self.state.best_model_checkpoint, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Do nothing but for FSDP: load_model has read the weights already, and the Trainer would miss the experts."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's. With --resume_anyway weight decay and the like are this start's, and not the checkpoint's."""
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and self.args.resume_anyway and not self.is_deepspeed_enabled:
+            for group, values in zip(self.optimizer.param_groups, own, strict=True):
+                group.update(values)
 
     def _load_best_model(self) -> None:
         """Put the best checkpoint's weights into the model. Without ZeRO and adapter from_pretrained reads them: the

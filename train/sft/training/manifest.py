@@ -1,0 +1,196 @@
+"""Checkpoints that are whole: manifest.json, which is renamed in last, and the deletion of old ones by step number.
+
+manifest.json: {"step": N, "world_size": W, "save_on_each_node": bool, "files": {relative path: {"size": bytes,
+"xxh3_128": hex}}}. Of an optimizer's file above SAMPLED_ABOVE bytes head, tail and a sample are hashed
+("xxh3_128_sample"); with --verify_checkpoints the whole file as well.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from xxhash import xxh3_128
+
+from sft.arguments import TrainingArguments
+from sft.messages import note
+from sft.training.environment import ranks_of_this_disk
+
+MANIFEST = "manifest.json"
+RUN = "run.json"
+STATE = "trainer_state.json"
+SAMPLED_ABOVE = 1 << 30  # bytes
+BLOCK, BLOCKS = 1 << 20, 256  # a sample: bytes of each block, number of blocks
+
+
+def checkpoints_in(output: Path) -> list[Path]:
+    """The directories checkpoint-N in `output`, in the order of their steps."""
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of checkpoint-N."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def write_manifest(checkpoint: Path, args: TrainingArguments) -> None:
+    """Make a checkpoint whole: hash every file and rename the manifest in. All ranks must call, after the save: each
+    hashes the files that it has just written, from the page cache."""
+    rank, disk, own = args.process_index, ranks_of_this_disk(args), {}
+    for path in sorted(checkpoint.rglob("*")):
+        owner = rank_in(path.name)
+        if path.is_file() and (owner == rank or args.should_save and owner not in disk):
+            own[path.relative_to(checkpoint).as_posix()] = entry_of(path, args.verify_checkpoints)
+    ranks = [own]
+    if args.world_size > 1:
+        ranks = [{}] * args.world_size
+        torch.distributed.all_gather_object(ranks, own)
+    if args.should_save:
+        files = {name: entry for theirs in ranks[disk.start : disk.stop] for name, entry in theirs.items()}
+        content = {"step": step_of(checkpoint), "world_size": args.world_size}
+        content |= {"save_on_each_node": args.save_on_each_node, "files": files}
+        aside = checkpoint / f"{MANIFEST}.tmp"
+        aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        aside.rename(checkpoint / MANIFEST)
+
+
+def rank_in(name: str) -> int | None:
+    """The rank that writes and loads a file of this name; None where that is no single one."""
+    found = re.search(r"(?:zero_pp_rank|rng_state)_(\d+)", name)
+    return int(found.group(1)) if found else None
+
+
+def entry_of(path: Path, verify: bool) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    size = path.stat().st_size
+    sampled = path.name.endswith(("optim_states.pt", "optimizer.pt")) and size > SAMPLED_ABOVE
+    return {"size": size} | hashes(path, sampled, whole=verify or not sampled)
+
+
+def hashes(path: Path, sampled: bool, whole: bool) -> dict[str, str]:
+    """A file's hashes in hex. It is read in blocks; a sample's blocks lie at even distances, from head to tail."""
+    found = {}
+    with path.open("rb") as file:
+        if whole:
+            found["xxh3_128"] = hashlib.file_digest(file, xxh3_128).hexdigest()  # type: ignore[arg-type]
+        if sampled:
+            digest, last = xxh3_128(), max(0, path.stat().st_size - BLOCK)
+            for number in range(BLOCKS):
+                file.seek(last * number // (BLOCKS - 1))
+                digest.update(file.read(BLOCK))
+            found["xxh3_128_sample"] = digest.hexdigest()
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- checking
+
+
+def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """{relative path: size and hashes}. Raises OSError where there is no manifest, ValueError where it is damaged or
+    a path in it leaves the checkpoint."""
+    content: Any = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError("it lists no files")
+    for name, entry in files.items():
+        inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts and "\0" not in name
+        hashed = isinstance(entry, dict) and entry.keys() & {"xxh3_128", "xxh3_128_sample"}
+        if not (inside and hashed and isinstance(entry.get("size"), int)):
+            raise ValueError(name)
+    return files
+
+
+def find_fault(
+    checkpoint: Path, rank: int, world_size: int, checks_others: bool, verify: bool = False
+) -> tuple[str, str] | None:
+    """(file, `missing`, `size` or `content`) of the first fault in what this rank checks; None where there is none.
+    It waits for no other rank.
+
+    Args:
+        world_size: of this run. After a save by more or fewer ranks one checks several shards, or none.
+        checks_others: also the sizes of all files, and the content of those that belong to no single rank. For rank 0,
+            and of separate disks for the first rank of each node.
+        verify: hash sampled files whole, where the manifest can tell.
+    """
+    try:
+        files = read_manifest(checkpoint)
+    except (OSError, ValueError) as error:
+        return MANIFEST, "content" if isinstance(error, ValueError) else "missing"
+    ranks = {name: rank_in(PurePosixPath(name).name) for name in files}
+    own = [name for name, owner in ranks.items() if (checks_others if owner is None else owner % world_size == rank)]
+    if fault := wrong_size(checkpoint, {name: files[name] for name in (files if checks_others else own)}):
+        return fault
+    if verify and any("xxh3_128" not in files[name] for name in own):
+        note(f"{checkpoint}: was saved without --verify_checkpoints: of its largest files only a sample is checked")
+    for name in own:
+        entry = files[name]
+        sampled = "xxh3_128_sample" in entry
+        try:
+            now = hashes(checkpoint / name, sampled, whole="xxh3_128" in entry and (verify or not sampled))
+        except OSError:  # a bad sector
+            return name, "content"
+        if not now.items() <= entry.items():
+            return name, "content"
+    return None
+
+
+def wrong_size(checkpoint: Path, files: dict[str, dict[str, Any]]) -> tuple[str, str] | None:
+    """The first file that is missing or of another size, and the word for it."""
+    for name, entry in files.items():
+        if not (checkpoint / name).is_file():
+            return name, "missing"
+        if (checkpoint / name).stat().st_size != entry["size"]:
+            return name, "size"
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether there is a manifest, and every file in its size. The content is not read."""
+    try:
+        return wrong_size(checkpoint, read_manifest(checkpoint)) is None
+    except (OSError, ValueError):
+        return False
+
+
+# -------------------------------------------------------------------------------------------------------- deleting
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, or a symlink in its place and not what that points to. The manifest goes first and the
+    Trainer's state next, so that a kill leaves a torn checkpoint that is known as ours."""
+    if checkpoint.is_symlink() or checkpoint.is_file():
+        return checkpoint.unlink()
+    if checkpoint.exists():
+        for name in (MANIFEST, STATE):
+            (checkpoint / name).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
+
+
+def rotate(output: Path, limit: int | None, best: str | None, newest: int | None = None) -> None:
+    """Delete all whole checkpoints but the newest `limit`, by step number; the best one is kept and counted among
+    them. Delete torn ones that are older than the newest whole one. What an earlier release or another program has
+    saved is left alone.
+
+    Args:
+        newest: the step that was saved last. Later ones, of a branch that was abandoned, are left alone.
+    """
+    here = [path for path in checkpoints_in(output) if newest is None or step_of(path) <= newest]
+    whole = [path for path in here if is_whole(path)]
+    if not whole:
+        return
+    kept = {path for path in whole if path == whole[-1] or best and path.resolve() == Path(best).resolve()}
+    others = [path for path in whole if path not in kept]
+    old = others[: max(0, len(whole) - max(limit, len(kept)))] if limit and limit > 0 else []
+    for path in here[: here.index(whole[-1])]:
+        foreign = (path / STATE).exists() and not any((path / name).exists() for name in (RUN, MANIFEST))
+        if path in old or path not in whole and not foreign:
+            with contextlib.suppress(OSError):  # a file is still open on a file server: the next rotation tries again
+                remove(path)
