@@ -51,8 +51,10 @@ class Run(ServerRun):
         done = self.wait(seconds)
         said = done.stdout + done.stderr
         assert "Traceback" not in said and "Error" not in said, said[-3000:]
-        left = [process for process in psutil.process_iter() if is_of(process, self.session)]
-        assert not psutil.wait_procs(left, timeout=5)[1]
+        deadline = time.monotonic() + 5
+        while left := [process for process in psutil.process_iter() if is_of(process, self.session)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
         return done.returncode, done.stdout, said
 
 

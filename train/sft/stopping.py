@@ -33,7 +33,8 @@ requested = threading.Event()  # this process is asked to stop
 
 def write_line(text: str) -> None:
     """Write a line to stderr, from any thread and from a signal handler: past Python's buffers and their locks."""
-    os.write(2, f"\n{text}\n".encode())  # a progress bar may be unfinished
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        os.write(2, f"\n{text}\n".encode())  # a progress bar may be unfinished
 
 
 # ------------------------------------------------------------------------------------------------ before the ranks

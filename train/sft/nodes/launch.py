@@ -135,6 +135,8 @@ def run_once(command: list[str], given: dict[str, Any], log: Path | None) -> tup
                 part["log"] = f"{log.with_suffix('')}_{node.host.replace(':', '-')}{log.suffix}"
             node.send({"start": part})
         failure = watch(nodes, orders)
+        if failure and failure.code == EXIT_STOPPED:
+            print(nodes[0].go_on, end="", flush=True)  # once more, without the address in front
     else:
         code, what = run(parts[0], orders)
         failure = Failure(code, what) if code else None
