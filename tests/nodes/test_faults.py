@@ -256,6 +256,26 @@ def test_stopped_at_any_moment(moment, bed):
     assert files <= set(os.listdir(found[-1]))
 
 
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.campaign)])
+def test_started_again(again, bed):
+    """A rank is killed once; or again in each attempt, before a new step is made."""
+    job = bed.start(MAX_RESTARTS=3)
+    job.wait_for(r"step 10/")
+    kill(bed, job)
+    job.wait_for(r"restart 1 of 3: rank 1 on 10\.77\.0\.2: killed by SIGKILL.*; going on from the newest whole")
+    before = len(job.output)
+    if again:
+        while not bed.two[1].processes("train.py", str(bed.out)):
+            time.sleep(0.1)
+        kill(bed, job)
+        assert job.end() == 137 and "failed: restart 1 made no new step; rank 1 on 10.77.0.2" in job.output[before:]
+    else:
+        job.wait_for(r"(?s)restart 1 of 3.*going on from \S*checkpoint-\d+.*step \d+/")
+        os.kill(job.pid, signal.SIGTERM)
+        assert job.end() == 75 and "restart 2" not in job.output, job.output[before:]
+    assert not any(bed.left())
+
+
 @pytest.mark.parametrize("name", cases(BEFORE))
 def test_before_it_begins(name, bed, table):
     spoil, env, code, says = BEFORE[name]
