@@ -165,7 +165,7 @@ RUNNING = {  # fault: (environment, what happens in the middle of a step, exit c
     "SIGHUP, terminal closed": (*hang_up, 75, GOES_ON.removesuffix(r"\Z"), 30),
     "rank 1 SIGTERM": ({}, lambda bed, job: os.kill(bed.rank(1), signal.SIGTERM), 75, GOES_ON, 30),
     "file stop": ({}, lambda bed, job: (bed.out / "stop").touch(), 75, GOES_ON, 30),
-    "SIGTERM, and again after 6 s, rank 1 SIGSTOP": ({}, insist, 143, r"\nfailed: stopped at once; rank 0 ", 60),
+    "SIGTERM, and again after 6 s, rank 1 SIGSTOP": ({}, insist, 143, r"\nfailed: asked to stop; rank 0 ", 60),
 }  # fmt: skip
 BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
     "node 2's disk full": (small_disk, {}, 1, r"failed: rank 1 on 10\.77\.0\.2: exit code 1\b.*[Nn]o space left"),
