@@ -165,7 +165,7 @@ RUNNING = {  # fault: (environment, what happens in the middle of a step, exit c
     "SIGHUP, terminal closed": (*hang_up, 75, GOES_ON.removesuffix(r"\Z"), 30),
     "rank 1 SIGTERM": ({}, lambda bed, job: os.kill(bed.rank(1), signal.SIGTERM), 75, GOES_ON, 30),
     "file stop": ({}, lambda bed, job: (bed.out / "stop").touch(), 75, GOES_ON, 30),
-    "SIGTERM, and again after 6 s, rank 1 SIGSTOP": ({}, insist, 143, r"\nfailed: stopped at once; rank 0 ", 60),
+    "SIGTERM, and again after 6 s, rank 1 SIGSTOP": ({}, insist, 143, r"\nfailed: asked to stop; rank 0 ", 60),
 }  # fmt: skip
 BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
     "node 2's disk full": (small_disk, {}, 1, r"failed: rank 1 on 10\.77\.0\.2: exit code 1\b.*[Nn]o space left"),
@@ -254,6 +254,26 @@ def test_stopped_at_any_moment(moment, bed):
     assert found[-1].name == f"checkpoint-{step}"
     files = {"trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"}
     assert files <= set(os.listdir(found[-1]))
+
+
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.campaign)])
+def test_started_again(again, bed):
+    """A rank is killed once; or again in each attempt, before a new step is made."""
+    job = bed.start(MAX_RESTARTS=3)
+    job.wait_for(r"step 10/")
+    kill(bed, job)
+    job.wait_for(r"restart 1 of 3: rank 1 on 10\.77\.0\.2: killed by SIGKILL.*; going on from the newest whole")
+    before = len(job.output)
+    if again:
+        while not bed.two[1].processes("train.py", str(bed.out)):
+            time.sleep(0.1)
+        kill(bed, job)
+        assert job.end() == 137 and "failed: restart 1 made no new step; rank 1 on 10.77.0.2" in job.output[before:]
+    else:
+        job.wait_for(r"(?s)restart 1 of 3.*going on from \S*checkpoint-\d+.*step \d+/")
+        os.kill(job.pid, signal.SIGTERM)
+        assert job.end() == 75 and "restart 2" not in job.output, job.output[before:]
+    assert not any(bed.left())
 
 
 @pytest.mark.parametrize("name", cases(BEFORE))

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
+from conftest import run_command
 from hosts import TRAIN
 
 LAUNCH = """
@@ -101,6 +104,29 @@ def test_two_ranks_that_meet_at_the_same_port_again(start):
     assert f"restart 1 of 1: {KILLED}".replace("\\", "") in output and job.returncode == 7, output
     assert "failed: rank 0 on localhost: exit code 7" in output
     assert time.monotonic() - began < 40, "torch waits for 30 s each time"
+
+
+@pytest.mark.parametrize("old", [False, pytest.param(True, marks=pytest.mark.campaign)], ids=["new", "over old"])
+def test_a_run_of_train_sh_is_started_again(old, model_dir, example_tokenizer_dir, example_rows, tmp_path):
+    """One that is killed before it has begun does not go on from the run that it is to set aside."""
+    out = tmp_path / "out"
+    flags = ["--output_dir", out, "--model_name_or_path", model_dir("dense", example_tokenizer_dir), "--max_steps", 60]
+    flags += ["--train_data_file", example_rows, "--max_seq_length", 64, "--save_steps", 10, "--overwrite_output_dir"]
+    command = ["bash", *map(str, [TRAIN / "train.sh", *flags])]
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "MAX_RESTARTS": "1"}
+    if old:
+        assert run_command(command, env).returncode == 0
+    job = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (ranks := [p for p in psutil.Process(job.pid).children() if str(TRAIN / "train.py") in p.cmdline()]):
+        time.sleep(0.05)
+    while not old and not (out / "checkpoint-10" / "manifest.json").exists():
+        time.sleep(0.01)
+    ranks[0].kill()
+    output = job.communicate(timeout=100)[0]
+    assert job.returncode == 0 and "restart 1 of 1: rank 0 on localhost: killed by SIGKILL" in output, output
+    again = output.partition("restart 1 of 1")[2]
+    assert ("step 1/60" in again) == old and ("going on from" in again) != old, again
+    assert len(list(out.glob("previous-*"))) == old
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.campaign)])

@@ -6,6 +6,7 @@ import pytest
 from transformers import TrainerControl
 
 from sft import stopping
+from sft.nodes import agent
 from sft.training import stop_on_request
 
 
@@ -75,3 +76,17 @@ def test_the_step(asked_at, how, stops_at, steps):
 def test_no_answer_is_left_under_way(steps):
     Work.waited = 0
     assert steps(99, ranks=2) is None and Work.waited == 9, "one is begun at each step but the last"
+
+
+@pytest.mark.parametrize(
+    ("codes", "rank"),
+    [
+        ({1: -9, 0: 75}, 1),  # the peer of one that was killed stops
+        ({1: 1, 0: 75}, 1),
+        ({0: 75, 1: 1}, 0),  # one is stopped alone, before the first step; the other one loses it
+        ({0: -15, 1: 75}, 1),  # one does not listen yet
+        ({1: 75, 0: 2}, 0),
+    ],
+)
+def test_which_rank_is_named(codes, rank):
+    assert agent.first_failure(codes) == rank
