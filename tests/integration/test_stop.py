@@ -98,12 +98,14 @@ def test_a_signal_to_any_rank(moment, more, flags, tmp_path):
     run.wait_for(r"step 1/")
     time.sleep(chance.random() * 2)
     print(f"SEED={SEED}: {signal.Signals(number).name} to rank {rank}")
-    began, steps = time.monotonic(), run.output(run.stdout).count("step ")
+    began = time.monotonic()
     run.signal(number, rank)
+    made = int((tmp_path / "out" / ".lock").read_text().split()[1])
     code, stdout, _ = run.end()
-    print(f"ended after {time.monotonic() - began:.1f} s, at most {stdout.count('step ') - steps} steps later")
     assert code == 75
     step, command = the_checkpoint(stdout, tmp_path / "out")
+    print(f"ended after {time.monotonic() - began:.1f} s, {step - made} steps later")
+    assert step - made <= 4, "two, and on a busy machine what is made until the signal is heard"
     if moment == 0:
         go_on(command, step, 2)
 
