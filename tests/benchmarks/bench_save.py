@@ -1,0 +1,105 @@
+"""Seconds that a save holds training up: the plain Trainer, ours with the manifest, ours without.
+
+    python tests/benchmarks/bench_save.py [--repeats 15] [--hidden_size 1024] [--layers 4] [--out FOLDER]
+
+One process holds one model (fp32, AdamW) and saves it in turns by the plain Trainer's own method and by ours with and
+without the manifest, each to a fresh directory of its own; the order changes with each repeat. Before a save all data
+written is on the disk (sync), so that none pays for another's. The medians and their ratios come last.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import EXAMPLE_TOKENIZER, TRAIN, make_model_dir
+
+sys.path.insert(0, str(TRAIN))
+
+
+def trainer_after_a_step(model_dir: Path, out: Path):
+    """Our Trainer after one step, so that the optimizer has its state."""
+    import train
+    from sft.data.batches import load_data
+    from sft.model.load import load_model
+    from sft.training.output_dir import begin_output_dir
+    from sft.training.plan import keep_rows, parse_arguments
+    from sft.training.resume import find_start
+
+    flags = ["--model_name_or_path", model_dir, "--train_data_file", TRAIN / "example" / "rows.jsonl"]
+    flags += ["--output_dir", out, "--max_steps", 1, "--per_device_train_batch_size", 1, "--report_to", "none"]
+    model_args, data_args, args = parse_arguments([str(flag) for flag in flags])
+    start = find_start(model_args, data_args, args)
+    data = load_data(data_args, start.tokenizer, args.seed)
+    keep_rows(args, data.examples, data.figures)
+    model = load_model(model_args, args, start.tokenizer, start.directory, None)
+    trainer = train.make_trainer(model, model_args, data_args, args, start, data, None)
+    begin_output_dir(args, False)
+    trainer.train()
+    return trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--hidden_size", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--out", help="folder on the disk to measure (default: a temporary one)")
+    args = parser.parse_args()
+    import transformers
+
+    from sft.training import trainer as ours
+    from sft.training.manifest import checkpoints_in, remove
+
+    def plain() -> None:
+        with mock.patch.object(ours.Trainer, "save_model", own_save_model), \
+                mock.patch.object(ours.Trainer, "_save", own_save):  # fmt: skip
+            transformers.Trainer._save_checkpoint(trainer, trainer.model, None)
+
+    def without() -> None:
+        with mock.patch.object(ours, "write_manifest"), mock.patch.object(ours, "rotate"):
+            trainer._save_checkpoint(trainer.model, None)
+
+    def whole() -> None:
+        trainer._save_checkpoint(trainer.model, None)
+
+    own_save_model, own_save = transformers.Trainer.save_model, transformers.Trainer._save
+    ways = {"plain Trainer": plain, "ours, no manifest": without, "ours": whole}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory(prefix="bench_save_", dir=args.out) as folder:
+        size = {"hidden_size": args.hidden_size, "intermediate_size": 4 * args.hidden_size}
+        model_dir = make_model_dir(
+            "dense", EXAMPLE_TOKENIZER, Path(folder, "model"), num_hidden_layers=args.layers, **size
+        )
+        trainer = trainer_after_a_step(model_dir, Path(folder, "out"))
+        orders = itertools.cycle(itertools.permutations(ways))
+        for step, order in zip(range(args.repeats + 1), orders):
+            for number, name in enumerate(order):
+                trainer.state.global_step = 1000 + 10 * step + number
+                os.sync()
+                begun = time.perf_counter()
+                ways[name]()
+                taken = time.perf_counter() - begun
+                if step:  # the first round warms up
+                    seconds[name].append(taken)
+                last = checkpoints_in(Path(folder, "out"))[-1]
+                total = sum(file.stat().st_size for file in last.rglob("*") if file.is_file())
+                for path in checkpoints_in(Path(folder, "out")):
+                    remove(path)
+    base = statistics.median(seconds["plain Trainer"])
+    print(f"a checkpoint of {total / 1e6:.0f} MB, {args.repeats} saves each")
+    for name, times in seconds.items():
+        middle = statistics.median(times)
+        print(
+            f"{name:<18} median {middle:.3f} s  min {min(times):.3f} s  max {max(times):.3f} s  {middle / base:.3f}×"
+        )
+
+
+if __name__ == "__main__":
+    main()
