@@ -51,8 +51,10 @@ class Run(ServerRun):
         done = self.wait(seconds)
         said = done.stdout + done.stderr
         assert "Traceback" not in said and "Error" not in said, said[-3000:]
-        left = [process for process in psutil.process_iter() if is_of(process, self.session)]
-        assert not psutil.wait_procs(left, timeout=5)[1]
+        deadline = time.monotonic() + 5
+        while left := [process for process in psutil.process_iter() if is_of(process, self.session)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
         return done.returncode, done.stdout, said
 
 
@@ -87,7 +89,7 @@ def go_on(command, steps, nproc):
 
 
 @pytest.mark.parametrize("more", [[], pytest.param(ZERO2, marks=pytest.mark.needs_gxx)], ids=["plain", "ZeRO-2"])
-@pytest.mark.parametrize("moment", [*range(2), *(pytest.param(n, marks=pytest.mark.campaign) for n in range(2, 15))])
+@pytest.mark.parametrize("moment", [0, *(pytest.param(n, marks=pytest.mark.campaign) for n in range(1, 15))])
 def test_a_signal_to_any_rank(moment, more, flags, tmp_path):
     """At random moments of two ranks: 30 in the campaign."""
     chance = random.Random(f"{SEED} {moment} {more}")
@@ -106,7 +108,7 @@ def test_a_signal_to_any_rank(moment, more, flags, tmp_path):
         go_on(command, step, 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.campaign)])
 def test_one_process(number, flags, tmp_path):
     run = Run(flags)
     run.wait_for(r"step 3/")
@@ -118,7 +120,7 @@ def test_one_process(number, flags, tmp_path):
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-@pytest.mark.parametrize("moment", [*range(2), *(pytest.param(n, marks=pytest.mark.campaign) for n in range(2, 10))])
+@pytest.mark.parametrize("moment", [0, *(pytest.param(n, marks=pytest.mark.campaign) for n in range(1, 10))])
 def test_before_the_first_step(moment, nproc, flags, tmp_path):
     chance = random.Random(f"{SEED} {moment} {nproc}")
     number, rank = chance.choice([signal.SIGTERM, signal.SIGINT]), chance.randrange(nproc)
@@ -166,7 +168,8 @@ def test_a_second_signal_counts_after_5_seconds(flags, tmp_path):
     code, stdout, said = run.end()
     assert code == -signal.SIGTERM and time.monotonic() - began < 3
     (line,) = re.findall(r"stopped at once at step (\d+)\. Last checkpoint: (\S+)\. Continue with:\n(.*)", said)
-    assert line[1] == str(tmp_path / "out" / f"checkpoint-{int(line[0]) // 2 * 2}") and "--resume_from" in line[2]
+    assert line[1] in line[2] and re.fullmatch(rf"{tmp_path}/out/checkpoint-\d+", line[1])
+    assert int(line[0]) - int(line[1].rpartition("-")[2]) <= 2, "the last one, or the one before while that is written"
 
 
 def test_a_group_is_signalled_with_workers_that_load(flags, tmp_path):
@@ -192,7 +195,7 @@ def test_a_group_is_signalled_with_workers_that_load(flags, tmp_path):
 # ------------------------------------------------------------------------------------------------- the file `stop`
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [2, pytest.param(1, marks=pytest.mark.campaign)])
 def test_a_file(nproc, flags, tmp_path):
     """One that is older than the start is removed."""
     out = tmp_path / "out"

@@ -7,6 +7,7 @@ prints the table. Real hosts (hosts.py), plain DDP over gloo, a run that would g
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -138,6 +139,16 @@ def take_port(bed):
     time.sleep(1)
 
 
+def insist(bed, job):
+    stop(bed, job)
+    os.kill(job.pid, signal.SIGTERM)
+    time.sleep(6)
+    os.kill(job.pid, signal.SIGTERM)
+
+
+# the address in front of rank 0's lines is not in front of the last one
+GOES_ON = r"(?s): stopped on request at step \d+\. Last checkpoint: \S+\. Continue with:\r?\n"
+GOES_ON += r".*\nNODE_IP_LIST=\S+ [^\n]*bash [^\n]*--resume_from_checkpoint [^\n]*\n\Z"
 ctrl_c = dict(terminal=True), lambda bed, job: job.type("\x03")
 terminate = {}, lambda bed, job: os.kill(job.pid, signal.SIGTERM)
 hang_up = dict(terminal=True), lambda bed, job: os.close(job.terminal)
@@ -149,9 +160,12 @@ RUNNING = {  # fault: (environment, what happens in the middle of a step, exit c
     "rank 1 SIGSTOP, STALL_TIMEOUT=30": (
         {"STALL_TIMEOUT": 30}, stop, 1, r"rank 1 on 10\.77\.0\.2 did not end by itself: stopped \(SIGSTOP\)", 90
     ),
-    "Ctrl-C": (*ctrl_c, 130, r"failed: stopped by SIGINT", 30),
-    "SIGTERM": (*terminate, 143, r"failed: stopped by SIGTERM", 30),
-    "SIGHUP, terminal closed": (*hang_up, 129, r"failed: stopped by SIGHUP", 30),
+    "Ctrl-C": (*ctrl_c, 75, GOES_ON, 30),
+    "SIGTERM": (*terminate, 75, GOES_ON, 30),
+    "SIGHUP, terminal closed": (*hang_up, 75, GOES_ON.removesuffix(r"\Z"), 30),
+    "rank 1 SIGTERM": ({}, lambda bed, job: os.kill(bed.rank(1), signal.SIGTERM), 75, GOES_ON, 30),
+    "file stop": ({}, lambda bed, job: (bed.out / "stop").touch(), 75, GOES_ON, 30),
+    "SIGTERM, and again after 6 s, rank 1 SIGSTOP": ({}, insist, 143, r"\nfailed: asked to stop; rank 0 ", 60),
 }  # fmt: skip
 BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
     "node 2's disk full": (small_disk, {}, 1, r"failed: rank 1 on 10\.77\.0\.2: exit code 1\b.*[Nn]o space left"),
@@ -180,7 +194,7 @@ BEFORE = {  # what is wrong: (how, environment, exit code, what is said)
     "port taken": (take_port, {}, 2, r"MASTER_PORT=29500 on 10\.77\.0\.1: Address already in use"),
 }
 CAMPAIGN = ("launcher on node 2 SIGKILL", "rank 1 SIGSTOP, STALL_TIMEOUT=30", "Ctrl-C", "SIGHUP, terminal closed")
-CAMPAIGN += ("node 2's disk full", "node 2 unreachable")
+CAMPAIGN += ("node 2's disk full", "node 2 unreachable", "file stop", "SIGTERM, and again after 6 s, rank 1 SIGSTOP")
 
 
 def cases(table):
@@ -215,6 +229,51 @@ def test_in_the_middle_of_a_run(name, bed, table):
     began = time.monotonic()
     happens(bed, job)
     judge(name, bed, job, began, code, says, seconds, table)
+
+
+@pytest.mark.parametrize("moment", [0, *(pytest.param(n, marks=pytest.mark.campaign) for n in range(1, 30))])
+def test_stopped_at_any_moment(moment, bed):
+    """By a signal to train.sh or to any rank: one whole checkpoint, or none before the first step."""
+    seed = os.environ.get("SEED", str(time.time_ns() % 10_000))
+    chance = random.Random(f"{seed} {moment}")
+    job = bed.start()
+    job.wait_for(r"10\.77\.0\.2: ready|step 1/" if moment % 3 == 0 else r"step 1/")
+    time.sleep(chance.random() * 5)
+    number, rank, pid = chance.choice([signal.SIGTERM, signal.SIGINT]), chance.choice([0, 1, None]), job.pid
+    with contextlib.suppress(ValueError):  # it is not there yet
+        pid = pid if rank is None else bed.rank(rank)
+    print(f"SEED={seed}: {number.name} to {'train.sh' if pid == job.pid else f'rank {rank}'}")
+    os.kill(pid, number)
+    code = job.end(60)
+    found = sorted(bed.out.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert code == 75 and "Traceback" not in job.output and not any(bed.left()), job.output[-3000:]
+    if "step 1/" not in job.output:
+        assert not found and "stopped on request before the first step" in job.output
+        return
+    (step,) = re.findall(r"stopped on request at step (\d+)", job.output)
+    assert found[-1].name == f"checkpoint-{step}"
+    files = {"trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"}
+    assert files <= set(os.listdir(found[-1]))
+
+
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.campaign)])
+def test_started_again(again, bed):
+    """A rank is killed once; or again in each attempt, before a new step is made."""
+    job = bed.start(MAX_RESTARTS=3)
+    job.wait_for(r"step 10/")
+    kill(bed, job)
+    job.wait_for(r"restart 1 of 3: rank 1 on 10\.77\.0\.2: killed by SIGKILL.*; going on from the newest whole")
+    before = len(job.output)
+    if again:
+        while not bed.two[1].processes("train.py", str(bed.out)):
+            time.sleep(0.1)
+        kill(bed, job)
+        assert job.end() == 137 and "failed: restart 1 made no new step; rank 1 on 10.77.0.2" in job.output[before:]
+    else:
+        job.wait_for(r"(?s)restart 1 of 3.*going on from \S*checkpoint-\d+.*step \d+/")
+        os.kill(job.pid, signal.SIGTERM)
+        assert job.end() == 75 and "restart 2" not in job.output, job.output[before:]
+    assert not any(bed.left())
 
 
 @pytest.mark.parametrize("name", cases(BEFORE))

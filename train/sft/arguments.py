@@ -118,7 +118,6 @@ class TrainingArguments(transformers.TrainingArguments):
         None, "no, steps or epoch. Default: as checkpoints are saved, where there are rows."
     )
     per_device_eval_batch_size: int | None = option(None, "Rows. Default: per_device_train_batch_size.")
-    auto_resume: bool = option(False, "Go on from the newest whole checkpoint in output_dir, if there is one.")
     early_stopping_patience: int | None = option(
         None, "Stop after so many evaluations without a better metric_for_best_model."
     )

@@ -33,7 +33,8 @@ requested = threading.Event()  # this process is asked to stop
 
 def write_line(text: str) -> None:
     """Write a line to stderr, from any thread and from a signal handler: past Python's buffers and their locks."""
-    os.write(2, f"\n{text}\n".encode())  # a progress bar may be unfinished
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        os.write(2, f"\n{text}\n".encode())  # a progress bar may be unfinished
 
 
 # ------------------------------------------------------------------------------------------------ before the ranks
@@ -129,14 +130,21 @@ def take_as_request(last_words: Callable[[], str]) -> None:
         if os.environ.get("RANK", "0") == "0":
             write_line(last_words())
         end_children()
-        ctypes.CDLL(None).signal(number, 0)  # SIG_DFL; signal.signal works in the main thread alone
+        default(number)
         os.kill(os.getpid(), number)
+        os._exit(128 + number)  # the first process of a container outlives that
 
     answer = take
 
 
+def default(number: int) -> None:
+    """Put a signal back to its default, from any thread: signal.signal works in the main one alone."""
+    ctypes.CDLL(None).signal(number, 0)  # SIG_DFL
+
+
 def end_children() -> None:
     """Kill what this process has forked: it does not end by SIGTERM, and would miss its parent with a traceback."""
+    default(signal.SIGCHLD)  # at which torch raises an error
     for child in multiprocessing.active_children():
         child.kill()
 

@@ -132,7 +132,7 @@ class Ranks:
         for number, rank in enumerate(self.found, self.job["first_rank"]):
             with contextlib.suppress(psutil.Error):
                 state = STATES.get(rank.status(), rank.status())
-                if say:
+                if say and state != psutil.STATUS_ZOMBIE:
                     os.write(1, f"rank {number} on {self.job['host']} did not end by itself: {state}\n".encode())
         self.killed.update(rank.pid for rank in self.alive())
         self.send(signal.SIGKILL)

@@ -90,7 +90,7 @@ def launch(command: list[str], given: dict[str, Any], log: Path | None) -> int:
             return failure.code
         stuck = restarts > 0 and (step or 0) <= furthest
         if signalled or stuck or restarts == most:
-            why = "stopped at once; " if signalled else f"restart {restarts} made no new step; " if stuck else ""
+            why = "asked to stop; " if signalled else f"restart {restarts} made no new step; " if stuck else ""
             with contextlib.suppress(OSError):
                 print(f"\nfailed: {why}{failure.what}", flush=True)  # a progress bar may be unfinished
             return failure.code
@@ -135,6 +135,8 @@ def run_once(command: list[str], given: dict[str, Any], log: Path | None) -> tup
                 part["log"] = f"{log.with_suffix('')}_{node.host.replace(':', '-')}{log.suffix}"
             node.send({"start": part})
         failure = watch(nodes, orders)
+        if failure and failure.code == EXIT_STOPPED:
+            print(nodes[0].go_on, end="", flush=True)  # once more, without the address in front
     else:
         code, what = run(parts[0], orders)
         failure = Failure(code, what) if code else None

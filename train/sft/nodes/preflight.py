@@ -117,13 +117,14 @@ def examine(nodes: list[Node], code: str, port: int, given: dict[str, Any]) -> b
     `code` is the folder of train.py, `port` where the ranks will meet, `given` as in launch.
     """
     output, job = given.get("output_dir"), secrets.token_hex(4)
-    resumed = given.get("resume_from_checkpoint")
+    resumed = os.path.normpath(given.get("resume_from_checkpoint") or "")
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", os.path.basename(resumed))  # else the ranks choose one
     paths = [given.get(name) or [] for name in COMPARED]
     wanted = {
         "cwd": os.getcwd(),
         "code": code,
         "paths": [path for some in paths for path in ([some] if isinstance(some, str) else some)],
-        "resumed": [os.path.join(resumed, "trainer_state.json")] if isinstance(resumed, str) else [],
+        "resumed": [os.path.join(resumed, "trainer_state.json")] if is_checkpoint else [],
         "interface": os.environ.get("NET_IFNAME"),
     }
     markers = [os.path.join(output, f".node-{job}-{node.number}") if output else None for node in nodes]

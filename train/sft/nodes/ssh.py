@@ -53,6 +53,7 @@ class Node:
     output: Any = None
     stderr: Any = None
     error: str = ""  # the last line of the ranks that names an error
+    go_on: str = ""  # and the last one with the command that goes on
 
     def connect(self, env: dict[str, str]) -> None:
         """Start agent.py there, with these variables."""
@@ -94,6 +95,8 @@ class Node:
         for line in self.output:
             if error := ERROR.match(line):
                 self.error = error[1].strip()[:300]
+            if "--resume_from_checkpoint" in line:
+                self.go_on = line
             with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
                 sys.stdout.write(f"{self.host}: {line}")
                 sys.stdout.flush()

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,9 @@ def why_not_saved(place: Path, size: int, error: Exception) -> str | None:
         number = errno.ENOSPC if full else errno.EFBIG if limited else errno.EIO
     if number is None:
         return None
-    why = "the directory is gone" if not output.exists() else os.strerror(number)
+    why = os.strerror(number)
+    if number == errno.ENOENT:
+        why = "the directory was replaced" if output.exists() else "the directory is gone"
     if number in (errno.ENOSPC, errno.EDQUOT):
         why += f": {in_units(free)} are free in {output}, {in_units(max(0, size - written - free))} more are needed"
     whole = [path.name for path in checkpoints_in(output) if is_whole(path)]
@@ -127,11 +130,18 @@ def error_number(error: BaseException | None) -> int | None:
     return found
 
 
+def quiet_writer_thread() -> None:
+    """Let TensorBoard's writer print no traceback: it raises its error in the main thread as well."""
+    before = threading.excepthook
+    threading.excepthook = lambda a: None if type(a.thread).__name__ == "_AsyncWriterThread" else before(a)
+
+
 class Reporter:
     """A callback that reports (TensorBoard, wandb). Once it fails it is left out, and training goes on."""
 
     def __init__(self, callback: TrainerCallback):
         self.callback, self.failed = callback, False
+        quiet_writer_thread()
 
     def __getattr__(self, event: str) -> Any:
         method = getattr(self.callback, event)

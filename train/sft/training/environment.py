@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -249,27 +250,36 @@ def failing_together(explain: Callable[[Exception], str | None]) -> Iterator[Non
             done.set()
             watch.join()
             if store.add(FAILED, 1) > 1:  # another rank has said why
-                sys.exit(1)
+                end_for_another(store)
             if line:
-                print(line, file=sys.stderr, flush=True)
+                print(f"\n{line}", file=sys.stderr, flush=True)  # below the bar
             with contextlib.suppress(torch.distributed.DistError):
                 ranks = set(range(torch.distributed.get_world_size())) - {torch.distributed.get_rank()}
                 store.wait([f"rank {rank} ends" for rank in ranks], timedelta(seconds=20))
             if line:
                 sys.exit(1)
         elif line:
-            sys.exit(line)
+            sys.exit(f"\n{line}")
         raise
     finally:
         done.set()
 
 
 def end_with_the_others(store: torch.distributed.Store, done: threading.Event) -> None:
-    """End this process with exit code 1 once another rank has failed. In a thread."""
+    """End this process with exit code 1 once another rank has failed, or has taken the store with it. In a thread."""
     while not done.wait(0.5):
-        if store.check([FAILED]):
-            store.set(f"rank {torch.distributed.get_rank()} ends", "")
+        try:
+            if store.check([FAILED]):
+                end_for_another(store)
+        except torch.distributed.DistError:
             os._exit(1)
+
+
+def end_for_another(store: torch.distributed.Store) -> NoReturn:
+    """Tell the rank that has failed that this one ends, and end it, from any thread."""
+    store.set(f"rank {torch.distributed.get_rank()} ends", "")
+    time.sleep(0.2)  # the store may be this process's own, and has to answer
+    os._exit(1)
 
 
 def exit_all_ranks(code: int) -> NoReturn:

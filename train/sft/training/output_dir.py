@@ -107,15 +107,12 @@ def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
 
 
 def check_still_ours(output: Path) -> None:
-    """Raise FileNotFoundError where the directory that this process holds was deleted; another job may have made one
+    """Raise FileNotFoundError where the directory was deleted that this process holds; another job may have made one
     in its place."""
     if held := locks.get(output / LOCK):
-        try:
-            same = os.path.samestat(os.fstat(held.fileno()), os.stat(output / LOCK))
-        except FileNotFoundError:
-            same = False
-        if not same:
-            raise FileNotFoundError(errno.ENOENT, "was deleted while the run went on", str(output))
+        mine, now = os.fstat(held.fileno()), os.stat(output / LOCK)
+        if not os.path.samestat(mine, now):
+            raise FileNotFoundError(errno.ENOENT, "the directory was replaced", str(output))
 
 
 def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:

@@ -1,0 +1,92 @@
+"""On which step a run stops, by what the Trainer would do there."""
+
+import types
+
+import pytest
+from transformers import TrainerControl
+
+from sft import stopping
+from sft.nodes import agent
+from sft.training import stop_on_request
+
+
+class Work:
+    """Stands for an all_reduce that is under way: all ranks have answered when it is waited for."""
+
+    waited = 0
+
+    def wait(self):
+        Work.waited += 1
+
+
+@pytest.fixture
+def steps(tmp_path, monkeypatch):
+    """`steps(...)`: the steps of a run, of 10 at most and 4 an epoch, at whose end it saves and stops; None where it
+    is done."""
+
+    def run(asked_at, ranks=1, evaluate=(), save_strategy="steps", epochs=None):
+        monkeypatch.setattr(stopping, "requested", type(stopping.requested)())
+        monkeypatch.setattr(stopping, "take_as_request", lambda last_words: None)
+        monkeypatch.setattr(stop_on_request.distributed, "all_reduce", lambda *args, **kwargs: Work())
+        stop = stop_on_request.StopOnRequest(types.SimpleNamespace(how=lambda args: "", trainer=None))
+        stop.group = "of several ranks" if ranks > 1 else None
+        args = types.SimpleNamespace(save_strategy=save_strategy, should_save=True, output_dir=tmp_path)
+        for step in range(1, 11):
+            control = TrainerControl(should_evaluate=step in evaluate)
+            state = types.SimpleNamespace(global_step=step, max_steps=10, epoch=step / 4)
+            if step == asked_at:
+                stopping.requested.set()
+            stop.on_step_end(args, state, control)
+            ended = control.should_training_stop
+            if ended or state.epoch.is_integer():
+                if epochs and not ended:
+                    control.should_evaluate = control.should_save = True
+                stop.on_epoch_end(args, state, control)
+                assert not ended or not (control.should_evaluate or control.should_save), "twice"
+            if control.should_training_stop:
+                assert ended or control.should_save
+                return step
+        return None
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("asked_at", "how", "stops_at"),
+    [
+        (2, {}, 2),
+        (2, {"ranks": 2}, 3),  # the answer of all is read a step later
+        (4, {}, 4),  # at the end of the epoch
+        (3, {"ranks": 2}, 4),
+        (4, {"epochs": True}, 4),
+        (9, {"ranks": 2}, None),  # the run's last step finishes it
+        (10, {}, None),
+        (10, {"ranks": 2}, None),
+        (2, {"evaluate": [2]}, 2),
+        (2, {"evaluate": [2], "save_strategy": "best"}, 3),
+        (4, {"epochs": True, "save_strategy": "best"}, 5),
+        (4, {"ranks": 2, "evaluate": [5], "save_strategy": "best"}, 6),
+    ],
+)
+def test_the_step(asked_at, how, stops_at, steps):
+    Work.waited = 0
+    assert steps(asked_at, **how) == stops_at
+
+
+def test_no_answer_is_left_under_way(steps):
+    Work.waited = 0
+    assert steps(99, ranks=2) is None and Work.waited == 9, "one is begun at each step but the last"
+
+
+@pytest.mark.parametrize(
+    ("codes", "rank"),
+    [
+        ({1: -9, 0: 75}, 1),  # the peer of one that was killed stops
+        ({1: 1, 0: 75}, 1),
+        ({0: 75, 1: 1}, 0),  # one is stopped alone, before the first step; the other one loses it
+        ({0: -15, 1: 75}, 1),  # one does not listen yet
+        ({1: 75, 0: 2}, 0),
+    ],
+)
+def test_which_rank_is_named(codes, rank):
+    assert agent.first_failure(codes) == rank
