@@ -29,13 +29,14 @@ class FiniteWatch(TrainerCallback):
     def __init__(self, trainer: transformers.Trainer):
         self.trainer = trainer
         self.last_skipped = -STEPS_APART
+        self.numbers: list[list[int]] = []  # of the sequences in each batch of this step
+        self.losses: list[torch.Tensor] = []  # of those batches
         self.stops = False
         self.begin_step([])
 
     def begin_step(self, numbers: list[list[int]]) -> None:
         """Keep which sequences are in the batches of the step that begins."""
-        self.numbers = numbers
-        self.losses: list[torch.Tensor] = []
+        self.numbers, self.losses = numbers, []
 
     def keep(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss of a batch, kept for check(); where it is not finite, with gradients that are nan."""
