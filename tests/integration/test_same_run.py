@@ -137,9 +137,9 @@ def test_other_rows_and_another_number_of_processes_are_refused(first, example_r
     others.write_bytes(b"".join(reversed(example_rows.read_bytes().splitlines(True))))
     run = run_here("train.py", [*args, "--train_data_file", others])
     assert run.returncode == 2 and "these are not the run's rows" in run.stderr, run.stderr
-    run = run_train([*args, "--train_data_file", example_rows], launcher="torchrun", nproc=2)
+    run = run_train([*args, "--train_data_file", example_rows], launcher="torchrun", nproc=3)
     assert run.returncode != 0 and run.stderr.count("refused: ") == 1, run.stderr[-2000:]
-    assert "processes 2 (the run: 1)" in run.stderr and not (tmp_path / "out").exists()
+    assert "processes 3 (the run: 1): a step has 2 batches" in run.stderr and not (tmp_path / "out").exists()
 
 
 def test_another_model_tokenizer_or_directory_is_refused(

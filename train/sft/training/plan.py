@@ -33,6 +33,7 @@ from sft.training.environment import (
 )
 from sft.training.fields import BY_CONTENT, FIXED, FIXED_BY_DEEPSPEED, MAY_CHANGE, NO_EFFECT_ON_RUN
 from sft.training.record import new_record, read_record
+from sft.training.reshard import steps_for_ranks
 from sft.training.resume import read_trainer_state
 
 # What checkpoints of earlier releases, and of other programs, do not say.
@@ -60,7 +61,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         read_trainer_state(checkpoint)
         earlier = read_record(checkpoint)
         values = go_on_with(earlier, given)
-    chosen = dict(values)
+    chosen, steps = dict(values), None
+    if checkpoint:
+        steps = steps_for_ranks(earlier, values, number_of_processes())
+        chosen["gradient_accumulation_steps"] = steps or values["gradient_accumulation_steps"]
     check_values(chosen)
     choose_evaluation(chosen)
     use_todays_names(chosen)
@@ -71,6 +75,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         use_built_arguments(training)
     model.given = frozenset(given)
     training.record = earlier | new_record(values, training)
+    if steps:  # the run's stay: it may go on with other numbers again
+        training.record["processes"] = earlier["processes"]
     return model, data, training
 
 
@@ -104,6 +110,9 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
         )
     if unknown:
         note(f"{checkpoint} does not record {', '.join(unknown)}: taken as not given")
+    ranks, same = number_of_processes(), "gradient_accumulation_steps"
+    if given.get(same, 0) * ranks == plan.get(same, 1) * earlier.get("processes", ranks):  # the same rows a step
+        given = {name: value for name, value in given.items() if name != same}
     refuse_another_run(checkpoint, earlier, given)
     values = defaults()
     own = {*NO_EFFECT_ON_RUN, *BY_CONTENT}
@@ -124,7 +133,7 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
 
 
 def refuse_another_run(checkpoint: Path, earlier: dict[str, Any], given: dict[str, Any]) -> None:
-    """Refuse flags, and a number of processes, that differ from the earlier run's and decide what is computed."""
+    """Refuse flags that differ from the earlier run's and decide what is computed."""
     known = dict(earlier["arguments"])
     own = {*MAY_CHANGE, *NO_EFFECT_ON_RUN, *BY_CONTENT}
     asked = {name: value for name, value in given.items() if name not in own}
@@ -135,8 +144,7 @@ def refuse_another_run(checkpoint: Path, earlier: dict[str, Any], given: dict[st
             asked[part], known[part] = now.get(part, "none"), then.get(part, "none")
             fixed.add(part)
     if known.get("deepspeed"):
-        fixed |= {"processes", *FIXED_BY_DEEPSPEED}
-    asked["processes"], known["processes"] = number_of_processes(), earlier.get("processes", number_of_processes())
+        fixed |= {*FIXED_BY_DEEPSPEED}
     flags, differ = defaults(), {}
     for name, value in asked.items():
         if name in known and spelled(value) != spelled(known[name]):

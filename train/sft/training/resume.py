@@ -30,6 +30,7 @@ from sft.training.go_on import losses_so_far
 from sft.training.output_dir import is_finished, lock_output_dir
 from sft.training.progress import Meter
 from sft.training.record import compare, record_start
+from sft.training.reshard import check_shards, report_epoch_end, saved_by
 from sft.training.save import save_dtype
 
 
@@ -113,16 +114,19 @@ def check_training_state(checkpoint: Path, args: TrainingArguments) -> None:
     table: one that is cut has none.
     """
     advice = "To begin anew from its weights, give it as --model_name_or_path"
-    deepspeed, world_size = bool(args.deepspeed), args.world_size
+    deepspeed, world_size = bool(args.deepspeed), saved_by(checkpoint, args.world_size)
+    others = world_size != args.world_size
+    if deepspeed and others:
+        check_shards(checkpoint, args)
     engine = args.hf_deepspeed_config.config if deepspeed else {}
     here = range(world_size)  # the ranks whose states are on this disk
-    if args.save_on_each_node:
+    if args.save_on_each_node and not others:
         first = args.process_index - args.local_process_index
         here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     ranks = [""] if world_size == 1 else [f"_{rank}" for rank in here]
     own_scheduler = engine.get("scheduler") or engine.get("optimizer")  # then it is in the engine's states
     needed = [] if own_scheduler else [checkpoint / "scheduler.pt"]
-    needed += [*(checkpoint / f"rng_state{rank}.pth" for rank in ranks)]
+    needed += [] if others else [*(checkpoint / f"rng_state{rank}.pth" for rank in ranks)]
     if not deepspeed:
         needed.insert(0, checkpoint / "optimizer.pt")
     elif (checkpoint / "latest").is_file():
@@ -158,6 +162,7 @@ def steps_left(checkpoint: Path, args: TrainingArguments, num_examples: int, giv
         end = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
     if end > state["global_step"]:
         check_training_state(checkpoint, args)
+        report_epoch_end(args.record.get("processes", args.world_size), args, num_examples)
     return max(0, end - state["global_step"])
 
 

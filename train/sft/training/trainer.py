@@ -28,6 +28,7 @@ from sft.training.finite import FiniteWatch
 from sft.training.manifest import RUN, remove, rotate, write_manifest
 from sft.training.output_dir import check_still_ours
 from sft.training.progress import Meter
+from sft.training.reshard import OtherRanks
 from sft.training.save import (
     gathered_state,
     master_values,
@@ -49,7 +50,7 @@ def with_min_lr(factor: Callable[[int], float], warmup_steps: int, low: float) -
     return squeezed
 
 
-class Trainer(transformers.Trainer):
+class Trainer(OtherRanks):
     """transformers.Trainer.
 
     Args:
