@@ -16,7 +16,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from sft.messages import BEFORE_THE_FIRST_STEP, end_by_ctrl_c, note, run_script
+from sft.messages import BEFORE_THE_FIRST_STEP, end_by_ctrl_c, note, print_although_full, run_script
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # the imports take seconds
     signal.signal(signal.SIGINT, lambda *_: end_by_ctrl_c(BEFORE_THE_FIRST_STEP))
@@ -120,6 +120,7 @@ def make_trainer(
 
 
 if __name__ == "__main__":
+    print_although_full()
     run_script(
         lambda: main(sys.argv[1:]),
         stopped=BEFORE_THE_FIRST_STEP,
