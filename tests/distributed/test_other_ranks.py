@@ -103,3 +103,21 @@ def test_what_would_have_other_rows_is_refused(model_dir, example_tokenizer_dir,
     assert run.returncode == 0, run.stderr[-3000:]
     losses, weights = differences(tmp_path / "whole", tmp_path / "again")
     assert losses <= 2e-6 and weights <= 1e-6
+
+
+@pytest.mark.campaign
+@pytest.mark.needs_gxx
+@pytest.mark.parametrize(("place", "kind"), [("zero2", "dense"), ("zero3", "lora")])
+def test_the_best_checkpoint_may_be_of_other_ranks(
+    place, kind, model_dir, example_tokenizer_dir, few_rows, train, tmp_path
+):
+    """The final weights are those of step 4, whose loss is the highest, as saved by one process."""
+    best = ["--eval_data_file", few_rows, "--eval_strategy", "steps", "--eval_steps", 4, "--load_best_model_at_end"]
+    best += ["--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
+    flags = flags_of(model_dir("dense", example_tokenizer_dir), few_rows, place, 1, *KINDS[kind], *best)
+    assert train("run", 1, *flags).returncode == 0
+    run = train("run", 2, "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-4")
+    assert run.returncode == 0, run.stderr[-3000:]
+    name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    final, saved = (load_file(folder / name) for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4"))
+    assert final.keys() == saved.keys() and all((final[key] == saved[key]).all() for key in final)

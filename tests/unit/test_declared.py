@@ -35,7 +35,7 @@ def private_names() -> Iterator[tuple[str, str]]:
     """(name, file) of what is private to another's class or module."""
     defined = {node.name for tree in FILES.values() for node in ast.walk(tree) if hasattr(node, "name") and node.name}
     for path, tree in FILES.items():
-        overrides = path.name == "trainer.py"  # methods of the Trainer
+        overrides = path.name in ("trainer.py", "reshard.py")  # methods of the Trainer
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and (node.attr not in defined or overrides):
                 yield node.attr, path.name
