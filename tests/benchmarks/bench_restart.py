@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_restart.py [--pairs 3] [--ranks 2] [--deepspeed ds_zero2_no_offload.json]
 
-Each run of `MAX_RESTARTS=1 bash train.sh` on the embedded example's rows is one pair: from its start to its first step,
+Each run of `MAX_RESTARTS=1 bash train.sh` on the embedded example is one pair: from its start to its first step,
 and, after SIGKILL to its last rank past a checkpoint, to the first step of the restart. Prints both medians and their
 ratio: at most 2.
 """
@@ -31,7 +31,12 @@ def ranks_of(job: subprocess.Popen) -> list[psutil.Process]:
 
 def pair(ranks: int, deepspeed: str) -> tuple[float, float]:
     """(seconds from the start to the first step, from the kill to the next)."""
-    env = os.environ | {"HOST_GPU_NUM": str(ranks), "DS_CONFIG": deepspeed, "MAX_RESTARTS": "1", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "HOST_GPU_NUM": str(ranks),
+        "DS_CONFIG": deepspeed,
+        "MAX_RESTARTS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as out:
         flags = ["--max_steps", "400", "--save_steps", "20", "--logging_steps", "1", "--disable_tqdm", "true"]

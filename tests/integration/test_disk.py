@@ -3,6 +3,7 @@ line says what is wrong, all ranks end with exit code 1."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from conftest import TRAIN
-from runs import ServerRun, environment, run_script
+from runs import ServerRun, environment, launch_command, run_command, run_script
 from sft.training.manifest import checkpoints_in, is_whole
 
 ZERO2, ZERO3 = (["--deepspeed", f"ds_zero{stage}_no_offload.json"] for stage in (2, 3))
@@ -163,3 +164,15 @@ def test_curves_that_cannot_be_written_end_no_training(flags, mount, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert "warning: TensorBoardCallback has failed and reports no more: " in run.stdout
     assert [is_whole(path) for path in checkpoints_in(tmp_path / "out")] == [True, True]
+
+
+def test_a_log_that_cannot_be_written_ends_no_training(flags, mount, tmp_path):
+    disk = mount("-t", "tmpfs", "-o", "size=16k", "tmpfs")
+    (disk / "full").write_bytes(b"0" * 12_288)
+    command = [*launch_command(TRAIN / "train.py"), *map(str, flags), "--output_dir", str(tmp_path / "out")]
+    (disk / "log").write_bytes(b"0" * 4_000)  # what is left of its page holds the first words
+    shell = f"{shlex.join(command)} --report_to none >> {disk}/log 2>&1"
+    run = run_command(["bash", "-c", shell], timeout=120)
+    assert run.returncode == 0
+    assert [is_whole(path) for path in checkpoints_in(tmp_path / "out")] == [True, True]
+    assert (disk / "log").stat().st_size == 4_096

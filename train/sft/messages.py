@@ -2,6 +2,7 @@
 the offline scripts share in finding out what the user means."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 REFUSAL_SECONDS = 10  # a refusal that rank 0 has not found after that is another rank's own
 OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # of train.sh
@@ -56,6 +57,26 @@ def end_by_ctrl_c() -> NoReturn:
 def first_few(items: list[str]) -> str:
     """The first few of a list, for a message."""
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+def print_although_full() -> None:
+    """Let what is printed be lost, and the run go on, where it goes to a file whose disk is full or has failed."""
+    for stream in (sys.stdout, sys.stderr):
+        for name in ("write", "flush"):
+            setattr(stream, name, losing_output(getattr(stream, name)))
+
+
+def losing_output(method: Callable) -> Callable:
+    """The method of a stream, without the errors of a disk."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return method(*args)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+                raise
+
+    return call
 
 
 def in_units(size: float) -> str:

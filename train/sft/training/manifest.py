@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -44,11 +45,13 @@ def step_of(checkpoint: Path) -> int:
 def write_manifest(checkpoint: Path, args: TrainingArguments) -> None:
     """Make a checkpoint whole: hash every file and rename the manifest in. All ranks must call, after the save: each
     hashes the files that it has just written, from the page cache."""
-    rank, disk, own = args.process_index, ranks_of_this_disk(args), {}
-    for path in sorted(checkpoint.rglob("*")):
-        owner = rank_in(path.name)
-        if path.is_file() and (owner == rank or args.should_save and owner not in disk):
-            own[path.relative_to(checkpoint).as_posix()] = entry_of(path, args.verify_checkpoints)
+    rank, disk = args.process_index, ranks_of_this_disk(args)
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    owners = {path: rank_in(path.name) for path in paths}
+    mine = [path for path in paths if owners[path] == rank or args.should_save and owners[path] not in disk]
+    with ThreadPoolExecutor() as pool:  # reading and hashing release the GIL
+        entries = pool.map(entry_of, mine, [args.verify_checkpoints] * len(mine))
+        own = {path.relative_to(checkpoint).as_posix(): entry for path, entry in zip(mine, entries)}
     ranks = [own]
     if args.world_size > 1:
         ranks = [{}] * args.world_size
