@@ -144,11 +144,19 @@ def test_the_best_checkpoint_is_not_asked_for(start, files):
     assert (out / "checkpoint-3").is_dir()
 
 
-def test_overflows_of_fp16_are_left_to_its_loss_scale(start):
+def test_overflows_of_fp16_are_left_to_its_loss_scale(start, monkeypatch):
     """However often; but not a loss that is not finite."""
+    monkeypatch.setenv("LOSS_SCALE", "1")
     faults = [(2, "gradient", "inf"), (3, "gradient", "nan")]
     done, out = start("one", [*faults, (5, "loss", "nan")], "--fp16")
     assert done.returncode == 3, done.stderr[-3000:]
     assert "gradients are not finite" not in done.stdout + done.stderr
     assert "stopped: the loss is nan at step 5" in done.stderr
     assert same(weights(out, 1), weights(out, 3)) and not same(weights(out, 3), weights(out, 4))
+
+
+def test_fp16_without_a_loss_scale_is_as_fp32(start):
+    """On a CPU."""
+    done, out = start("one", [(2, "gradient", "inf"), (3, "gradient", "nan")], "--fp16")
+    assert done.returncode == 3 and "at step 3, for the second time" in done.stderr, done.stderr[-3000:]
+    assert same(weights(out, 1), weights(out, 3))

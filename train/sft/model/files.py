@@ -61,4 +61,7 @@ def files_of_a_model(directory: Path, quiet: bool = False) -> dict[str, Path]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a json file. It is there whole or not at all: a run is known as finished by one."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.rename(file)

@@ -2,7 +2,7 @@
 
 A loss that is nan or infinite makes its own gradients nan, on the device. All ranks share the gradient norm, so all of
 them see it there: an ordinary step reads nothing more than this norm, and only where it is not finite do the ranks
-exchange their losses. Overflows of fp16, which its loss scale is for, are not counted.
+exchange their losses. Gradients of fp16 are left to its loss scale.
 """
 
 import math
@@ -32,7 +32,6 @@ class FiniteWatch(TrainerCallback):
         self.numbers: list[list[int]] = []  # of the sequences in each batch of this step
         self.losses: list[torch.Tensor] = []  # of those batches
         self.stops = False
-        self.begin_step([])
 
     def begin_step(self, numbers: list[list[int]]) -> None:
         """Keep which sequences are in the batches of the step that begins."""
@@ -59,7 +58,8 @@ class FiniteWatch(TrainerCallback):
         if found := [(loss, f"on rank {rank} ({rows})") for rank, (loss, rows) in ranks if loss is not None]:
             places = first_few([place for _, place in found])
             stop(f"stopped: the loss is {found[0][0]} at step {step} {places}")
-        if norm is None or trainer.args.fp16:
+        scaled = trainer.accelerator.scaler or trainer.deepspeed and trainer.deepspeed.fp16_enabled()
+        if norm is None or scaled:  # a scaled loss makes such gradients when its scale is too high
             return
         trainer.optimizer.zero_grad()  # ZeRO has skipped the step already
         trainer.optimizer._is_overflow = True  # so that the Trainer leaves the schedule where it is, as under ZeRO
