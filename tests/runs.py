@@ -264,3 +264,13 @@ def losses(output_dir: Path) -> list[float]:
     """The loss of each logging step, from `trainer_state.json` in `output_dir` (a run's or a checkpoint's)."""
     state = json.loads((Path(output_dir) / "trainer_state.json").read_text(encoding="utf-8"))
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def as_saved(checkpoint: Path) -> None:
+    """Let a checkpoint that was changed count as saved that way, for what is looked at besides its manifest."""
+    from sft.training.manifest import MANIFEST, entry_of
+
+    content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST]
+    content["files"] = {path.relative_to(checkpoint).as_posix(): entry_of(path, False) for path in files}
+    (checkpoint / MANIFEST).write_text(json.dumps(content), encoding="utf-8")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runs import as_saved
 from sft.model.adapter_base import check_base, fingerprint
 from sft.model.directory import ModelDirectory
 
@@ -153,6 +154,7 @@ def test_resuming_where_the_code_that_trained_may_not_run_is_refused(made, run_h
     """As with --trust_remote_code false; where the adapter's tensors would fit the other class."""
     adapter = shutil.copytree(made.out / "checkpoint-1", tmp_path / "checkpoint-1")
     (adapter / "base.json").write_text(json.dumps(read(adapter) | {"code": "remote"}))
+    as_saved(adapter)
     args = [*made.flags, "--max_steps", 2, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", adapter]
     run = run_here("train.py", args)
     assert run.returncode == 2 and "allow remote code, which trained the adapter" in run.stderr, run.stderr
@@ -182,6 +184,7 @@ def test_a_foreign_adapter_is_warned_of(script, made, run_here, tmp_path):
     """Without base.json, and used with another base than its adapter_config.json names."""
     adapter = shutil.copytree(made.out / "checkpoint-2", tmp_path / "checkpoint-2")
     (adapter / "base.json").unlink()
+    as_saved(adapter)
     args = {
         "merge": ("merge_lora_weight.py", "--adapter_model_path", adapter, "--output_path", tmp_path / "merged"),
         "chat": ("chat.py", "--adapter", adapter, "--prompt", "1", "--max_new_tokens", 2),

@@ -11,6 +11,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from runs import as_saved
+
 WEIGHTS, ADAPTER, INDEX = "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"
 NORM, EXPERT = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.experts.2.down_proj.weight"
 SHARD = "model-00002-of-00004.safetensors"
@@ -158,6 +160,8 @@ def test_refused(what, case, whole, example_rows, tmp_path, run_here, capfd):
     directory, out = tmp_path / "spoiled", tmp_path / "out"
     shutil.copytree(whole[what], directory)
     spoil(directory)
+    if (directory / "manifest.json").exists():
+        as_saved(directory)
     script, given = "train.py", "--resume_from_checkpoint" if "checkpoint" in what else "--model_name_or_path"
     args = [given, directory, "--train_data_file", example_rows, "--output_dir", out, "--max_steps", 4]
     if what == "adapter to merge":

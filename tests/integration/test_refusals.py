@@ -85,7 +85,6 @@ def test_an_architecture_that_the_class_cannot_express(
     ("env", "flags", "says"),
     [
         ({"MODEL_PATH": "m"}, [], "TRAIN_DATA_FILE is not set"),
-        ({}, ["--resume_from_checkpoint", "x/checkpoint-1"], "TRAIN_DATA_FILE is not set"),
         ({"OUTPUT_DIR": "o"}, ["--use_lora"], "run first: bash"),
         ({"HOST_GPU_NUM": "many"}, [], "HOST_GPU_NUM=many"),
         ({"STALL_TIMEOUT": "soon"}, [], "STALL_TIMEOUT=soon"),

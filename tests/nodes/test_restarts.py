@@ -1,6 +1,7 @@
 """MAX_RESTARTS, and how the launcher ends ranks that wait for a lost one. On one machine, with scripts in place of the
 training."""
 
+import contextlib
 import os
 import re
 import signal
@@ -117,7 +118,10 @@ def test_a_run_of_train_sh_is_started_again(old, model_dir, example_tokenizer_di
     if old:
         assert run_command(command, env).returncode == 0
     job = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (ranks := [p for p in psutil.Process(job.pid).children() if str(TRAIN / "train.py") in p.cmdline()]):
+    ranks: list = []
+    while not ranks:
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            ranks = [p for p in psutil.Process(job.pid).children() if str(TRAIN / "train.py") in p.cmdline()]
         time.sleep(0.05)
     while not old and not (out / "checkpoint-10" / "manifest.json").exists():
         time.sleep(0.01)

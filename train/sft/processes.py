@@ -32,7 +32,8 @@ def name_job() -> None:
 
 def write_step(lock: int, step: int) -> None:
     """Keep the last step that this job has made in the open file LOCK."""
-    os.pwrite(lock, f"{os.environ.get(STARTED)} {step:9}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk does not end training
+        os.pwrite(lock, f"{os.environ.get(STARTED)} {step:9}\n".encode(), 0)
 
 
 def step_made(output_dir: Path | str | None) -> int | None:

@@ -106,8 +106,8 @@ def end_before_the_first_step(number: int) -> None:
         write_line(BEFORE_THE_FIRST_STEP)
     end_children()
     for task in Path("/proc/self/task").glob("*/children"):  # a compiler that builds an extension
-        for child in task.read_text().split():
-            with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):  # it has ended
+            for child in task.read_text().split():
                 os.kill(int(child), signal.SIGTERM)
     os._exit(EXIT_STOPPED)
 

@@ -23,7 +23,6 @@ from sft.training.environment import ranks_of_this_disk
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
-STATE = "trainer_state.json"
 SAMPLED_ABOVE = 1 << 30  # bytes
 BLOCK, BLOCKS = 1 << 20, 256  # a sample: bytes of each block, number of blocks
 
@@ -166,21 +165,32 @@ def is_whole(checkpoint: Path) -> bool:
 # -------------------------------------------------------------------------------------------------------- deleting
 
 
+def is_torn(checkpoint: Path) -> bool:
+    """Whether a save or a deletion of ours was cut off there. What was changed afterwards, or comes from an earlier
+    release or another program, is not."""
+    names = {path.name for path in checkpoint.iterdir()}
+    return not names or RUN in names and MANIFEST not in names
+
+
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, or a symlink in its place and not what that points to. The manifest goes first and the
-    Trainer's state next, so that a kill leaves a torn checkpoint that is known as ours."""
+    """Delete a checkpoint, or a symlink in its place and not what that points to. The manifest goes first and run.json
+    last, so that a kill leaves a torn one."""
     if checkpoint.is_symlink() or checkpoint.is_file():
         return checkpoint.unlink()
     if checkpoint.exists():
-        for name in (MANIFEST, STATE):
-            (checkpoint / name).unlink(missing_ok=True)
+        (checkpoint / MANIFEST).unlink(missing_ok=True)
+        for path in checkpoint.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != RUN:
+                path.unlink()
         shutil.rmtree(checkpoint)
 
 
 def rotate(output: Path, limit: int | None, best: str | None, newest: int | None = None) -> None:
     """Delete all whole checkpoints but the newest `limit`, by step number; the best one is kept and counted among
-    them. Delete torn ones that are older than the newest whole one. What an earlier release or another program has
-    saved is left alone.
+    them. Delete torn ones that are older than the newest whole one. All others are left alone: changed ones, and those
+    of an earlier release or another program.
 
     Args:
         newest: the step that was saved last. Later ones, of a branch that was abandoned, are left alone.
@@ -193,7 +203,6 @@ def rotate(output: Path, limit: int | None, best: str | None, newest: int | None
     others = [path for path in whole if path not in kept]
     old = others[: max(0, len(whole) - max(limit, len(kept)))] if limit and limit > 0 else []
     for path in here[: here.index(whole[-1])]:
-        foreign = (path / STATE).exists() and not any((path / name).exists() for name in (RUN, MANIFEST))
-        if path in old or path not in whole and not foreign:
-            with contextlib.suppress(OSError):  # a file is still open on a file server: the next rotation tries again
+        with contextlib.suppress(OSError):  # a file is still open on a file server: the next rotation tries again
+            if path in old or is_torn(path):
                 remove(path)

@@ -6,7 +6,6 @@ Refused (exit code 2): what is not; also one that is, or would be moved with, th
 import errno
 import fcntl
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,9 +16,8 @@ from transformers import TrainingArguments
 from sft.messages import Refused, first_few, note, read_json
 from sft.model.files import files_of_a_model
 from sft.processes import LOCK, STARTED, write_step
-from sft.training.choose import is_foreign
 from sft.training.environment import refuse_together
-from sft.training.manifest import MANIFEST, checkpoints_in, step_of
+from sft.training.manifest import checkpoints_in, is_torn, remove, step_of
 
 # What a run puts at the top of its directory, beside the files of a model.
 RUN_FILES = (
@@ -41,7 +39,7 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
     lock_output_dir(args)
     if output.exists() and not output.is_dir():
         raise Refused(f"--output_dir {output}: is a file")
-    resumed = args.resume_from_checkpoint and Path(args.resume_from_checkpoint).resolve().parent == output.resolve()
+    resumed = step_begun(args) > 0
     for flag, path in (("model", model_path), ("tokenizer", tokenizer_path)):
         if path is None or resumed or not Path(path).exists():
             continue
@@ -120,24 +118,33 @@ def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:
     than its own are of steps that it makes anew. All ranks must call."""
     lock_output_dir(args, begin=True)
     output = Path(args.output_dir)
-    keep_step(args, 0)
     if args.should_save:
         remove_old_stop_file(output)
     if earlier_run and args.should_save:
         place = set_aside(output, files_of_a_run(output))
         note(f"--overwrite_output_dir: the earlier run in {output} was moved to {place}")
     elif args.should_save:
-        resumed = Path(args.resume_from_checkpoint or "").resolve()
-        begun = step_of(resumed) if resumed.parent == output.resolve() else 0
+        begun = step_begun(args)
         for checkpoint in checkpoints_in(output):
             if step_of(checkpoint) <= begun:
                 continue
-            if (checkpoint / MANIFEST).exists() or is_foreign(checkpoint):
+            if is_torn(checkpoint):
+                remove(checkpoint)
+                note(f"{checkpoint.name}: was not whole, removed")
+            else:
                 place = set_aside(output, [checkpoint])
                 note(f"{checkpoint.name}: was moved to {place}: the run goes on from step {begun}")
-            else:
-                shutil.rmtree(checkpoint)
-                note(f"{checkpoint.name}: was not whole, removed")
+    keep_step(args, 0)
+
+
+def step_begun(args: TrainingArguments) -> int:
+    """The step of the checkpoint in output_dir that the run goes on from, which may be a symlink; 0 where there is
+    none."""
+    checkpoint, output = Path(args.resume_from_checkpoint or ""), Path(args.output_dir).resolve()
+    for path in (checkpoint.absolute(), checkpoint.resolve()):
+        if args.resume_from_checkpoint and path.parent.resolve() == output and path in checkpoints_in(path.parent):
+            return step_of(path)
+    return 0
 
 
 def keep_step(args: TrainingArguments, step: int) -> None:

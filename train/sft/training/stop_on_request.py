@@ -3,6 +3,7 @@
 Asked by a signal to any rank (sft/stopping.py), or by a file `stop` in the output directory.
 """
 
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +40,7 @@ class StopOnRequest(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Stop where any rank was asked before the last step's end: the answer is read one step later, because waiting
         for it would cost time at each step. The last step of a run finishes it."""
-        asked = stopping.requested.is_set() or args.should_save and Path(args.output_dir, STOP_FILE).exists()
+        asked = stopping.requested.is_set() or args.should_save and os.path.exists(Path(args.output_dir, STOP_FILE))
         last = state.global_step >= state.max_steps
         self.agreed = self.agreed or (self.any_was_asked() if self.group else asked)
         if self.group and not last and not self.agreed:
