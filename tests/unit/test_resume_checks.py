@@ -24,7 +24,7 @@ def arguments(**more):
         "gradient_accumulation_steps": 2,
         "max_steps": -1,
     }
-    return SimpleNamespace(**values | {"num_train_epochs": 1.0} | more)
+    return SimpleNamespace(**values | {"num_train_epochs": 1.0, "record": {}} | more)
 
 
 @pytest.fixture
