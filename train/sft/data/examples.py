@@ -121,7 +121,7 @@ class Examples(torch.utils.data.Dataset):
 
     def __init__(self, rows: Any, report: Report, files: list[tuple[int, Path]], index: np.ndarray | None = None):
         self.report, self.files = report, files
-        self.rows = rows.with_format("numpy", columns=["input_ids", "spans"])
+        self.rows, self.sequences = rows, rows.select_columns(["input_ids", "spans"]).with_format("numpy")
         self.index = np.arange(len(rows)) if index is None else index
 
     def __len__(self) -> int:
@@ -131,7 +131,7 @@ class Examples(torch.utils.data.Dataset):
         """`input_ids` and `labels` (length,): the label of a supervised token is its id, else IGNORE_INDEX. `number`:
         see places()."""
         number = int(self.index[i])
-        row = self.rows[number]
+        row = self.sequences[number]
         labels = np.full_like(row["input_ids"], IGNORE_INDEX)
         for start, end in row["spans"].reshape(-1, 2):
             labels[start:end] = row["input_ids"][start:end]
