@@ -124,7 +124,7 @@ class TrainingArguments(transformers.TrainingArguments):
     probe_file: str | None = option(None, "jsonl of conversations; asked before and after training, and scored.")
     report_to: None | str | list[str] = option("tensorboard", "Where the curves go: tensorboard, wandb, none, ….")
     verify_checkpoints: bool = option(False, "Hash optimizer files above 1 GB whole: when saved and when resumed.")
-    logging_nan_inf_filter: bool = option(False, "Hide a non-finite loss in the log. Off: such a loss ends the run.")
+    logging_nan_inf_filter: bool = option(False, "Hugging Face's. A non-finite loss ends the run all the same.")
 
     warmup_ratio: float | None = option(None, "Warmup as a share of all steps; the same as --warmup_steps below 1.")
     group_by_length: bool = option(False, "Batches of rows of similar length (--train_sampling_strategy).")

@@ -6,7 +6,6 @@ tokenizer than the checkpoint's.
 
 import json
 import math
-import os
 import shutil
 import zipfile
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from sft.model.files import ADAPTER_FILE, write_json
 from sft.model.load import fetch, open_directory
 from sft.model.pretrained import load_tokenizer
 from sft.model.weight_files import INDEX, open_tensors
+from sft.training.environment import ranks_of_this_disk
 from sft.training.go_on import losses_so_far
 from sft.training.output_dir import is_finished, lock_output_dir
 from sft.training.progress import Meter
@@ -119,10 +119,7 @@ def check_training_state(checkpoint: Path, args: TrainingArguments) -> None:
     if deepspeed and others:
         check_shards(checkpoint, args)
     engine = args.hf_deepspeed_config.config if deepspeed else {}
-    here = range(world_size)  # the ranks whose states are on this disk
-    if args.save_on_each_node and not others:
-        first = args.process_index - args.local_process_index
-        here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    here = range(world_size) if others else ranks_of_this_disk(args)
     ranks = [""] if world_size == 1 else [f"_{rank}" for rank in here]
     own_scheduler = engine.get("scheduler") or engine.get("optimizer")  # then it is in the engine's states
     needed = [] if own_scheduler else [checkpoint / "scheduler.pt"]
