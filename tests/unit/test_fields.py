@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import pytest
+
 from sft.arguments import settable
 from sft.training import fields
 
@@ -15,3 +17,16 @@ def test_each_argument_is_in_exactly_one_list():
 
 def test_what_is_looked_at_otherwise_decides():
     assert {*fields.FIXED, *fields.FIXED_BY_DEEPSPEED, *fields.BY_CONTENT} <= set(fields.DECIDES)
+
+
+def test_each_key_of_zero_is_in_exactly_one_list():
+    """With DeepSpeed's own defaults: a key that is left out is not a difference."""
+    config = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    offload = pytest.importorskip("deepspeed.runtime.zero.offload_config").DeepSpeedZeroOffloadOptimizerConfig
+    theirs = {name.removeprefix("stage3_"): field.default for name, field in config.model_fields.items()}
+    theirs |= {name: offload.model_fields[name].default for name in ("ratio", "super_offload")}
+    assert theirs.keys() == {*fields.ZERO_DECIDES, *fields.ZERO_MAY_CHANGE}
+    assert len(theirs) == len(fields.ZERO_DECIDES) + len(fields.ZERO_MAY_CHANGE)
+    assert {name: theirs[name] for name in fields.ZERO_DECIDES} == fields.ZERO_DECIDES
+    fixed = {name.partition(".")[2] for name in fields.DEEPSPEED_FIXED if "." in name}
+    assert fixed < fields.ZERO_DECIDES.keys()

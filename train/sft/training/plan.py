@@ -23,6 +23,7 @@ from sft.arguments import (
 )
 from sft.messages import Refused, choice, note
 from sft.parser import NO_EFFECT, parse_flags
+from sft.training import fields
 from sft.training.choose import choose_checkpoint
 from sft.training.environment import (
     number_of_processes,
@@ -31,7 +32,6 @@ from sft.training.environment import (
     set_rendezvous_variables,
     use_built_arguments,
 )
-from sft.training.fields import BY_CONTENT, FIXED, FIXED_BY_DEEPSPEED, MAY_CHANGE, NO_EFFECT_ON_RUN
 from sft.training.record import new_record, read_record
 from sft.training.reshard import steps_for_ranks
 from sft.training.resume import read_trainer_state
@@ -115,7 +115,7 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
         given = {name: value for name, value in given.items() if name != same}
     refuse_another_run(checkpoint, earlier, given)
     values = defaults()
-    own = {*NO_EFFECT_ON_RUN, *BY_CONTENT}
+    own = {*fields.NO_EFFECT_ON_RUN, *fields.BY_CONTENT}
     kept = {name: value for name, value in plan.items() if name in values and name not in own}
     for flag, winner in (("num_train_epochs", "max_steps"), ("gradient_checkpointing", "activation_checkpointing")):
         if flag in given:  # the run's would win over it
@@ -135,16 +135,16 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
 def refuse_another_run(checkpoint: Path, earlier: dict[str, Any], given: dict[str, Any]) -> None:
     """Refuse flags that differ from the earlier run's and decide what is computed."""
     known = dict(earlier["arguments"])
-    own = {*MAY_CHANGE, *NO_EFFECT_ON_RUN, *BY_CONTENT}
+    own = {*fields.MAY_CHANGE, *fields.NO_EFFECT_ON_RUN, *fields.BY_CONTENT}
     asked = {name: value for name, value in given.items() if name not in own}
-    fixed = set(FIXED)
+    fixed = set(fields.FIXED)
     if "deepspeed" in asked:
         now, then = zero_of(read_deepspeed_file(asked.pop("deepspeed"))), zero_of(known.get("deepspeed"))
-        for part in {"deepspeed"} if now["deepspeed"] != then["deepspeed"] else now.keys() | then.keys():
+        for part in {"deepspeed"} if now["deepspeed"] != then["deepspeed"] else sorted(now.keys() | then.keys()):
             asked[part], known[part] = now.get(part, "none"), then.get(part, "none")
-            fixed.add(part)
+        fixed |= {f"deepspeed {part}" for part in fields.DEEPSPEED_FIXED}
     if known.get("deepspeed"):
-        fixed |= {*FIXED_BY_DEEPSPEED}
+        fixed |= {*fields.FIXED_BY_DEEPSPEED}
     flags, differ = defaults(), {}
     for name, value in asked.items():
         if name in known and spelled(value) != spelled(known[name]):
@@ -168,16 +168,23 @@ def spelled(value: Any) -> str:
     """A flag's value as text: 0 and 0.0 are one, and the order in a list does not matter."""
     if isinstance(value, list):
         return " ".join(sorted(map(str, value)))
+    if isinstance(value, dict):
+        return json.dumps(value, sort_keys=True)
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
-def zero_of(config: dict | None) -> dict[str, str]:
-    """What of a DeepSpeed configuration is a run's: its stage and offload as `deepspeed`, and its other parts, without
-    sizes and reports."""
+def zero_of(config: dict | None) -> dict[str, Any]:
+    """What of a DeepSpeed configuration is a run's: its stage and offload as `deepspeed`, and each other part that can
+    change what is computed. A key that is left out has its default."""
     if config is None:
         return {"deepspeed": "none"}
-    zero = config.get("zero_optimization", {})
-    places = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
-    stage = f"ZeRO-{zero.get('stage', 0)}" + f", offload to {' and '.join(places)}" * (set(places) != {"none"})
-    others = sorted(config.keys() - {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "aio"})
-    return {"deepspeed": stage} | {f"deepspeed {key}": json.dumps(config[key], sort_keys=True) for key in others}
+    given = {k.removeprefix("stage3_"): v for k, v in config.get("zero_optimization", {}).items() if v != "auto"}
+    offload = {key: given.get(f"offload_{key}") or {} for key in ("optimizer", "param")}
+    old = {"optimizer": given.get("cpu_offload"), "param": given.get("cpu_offload_param")}
+    places = [part.get("device", "cpu" if old[key] else "none") for key, part in offload.items()]
+    stage = f"ZeRO-{given.get('stage', 0)}" + f", offload to {' and '.join(places)}" * (set(places) != {"none"})
+    given |= {key: value for key, value in offload["optimizer"].items() if key in fields.ZERO_DECIDES}
+    zero = fields.ZERO_DECIDES | {key: value for key, value in given.items() if key not in fields.ZERO_MAY_CHANGE}
+    parts = {key: value for key, value in config.items() if key not in fields.DEEPSPEED_MAY_CHANGE}
+    parts |= {f"zero_optimization.{key}": value for key, value in zero.items()}
+    return {"deepspeed": stage} | {f"deepspeed {key}": value for key, value in parts.items()}
