@@ -140,7 +140,7 @@ def test_a_deepspeed_file_is_its_stage_and_offload():
         (zero(round_robin_gradients=True), "zero_optimization.round_robin_gradients True (the run: False)", False),
         (zero(sub_group_size=100), "zero_optimization.sub_group_size 100 (the run: 1000000000)", False),
         (zero() | {"optimizer": {"type": "Adam"}}, 'optimizer {"type": "Adam"} (the run: none)', False),
-        (zero(zero_quantized_gradients=True), "zero_optimization.zero_quantized_gradients True (the run: False)", True),
+        (zero(zero_quantized_weights=True), "zero_optimization.zero_quantized_weights True (the run: False)", True),
         (zero(of_tomorrow=True), "zero_optimization.of_tomorrow True (the run: none)", True),
         (zero() | {"gradient_clipping": 2}, "gradient_clipping 2 (the run: none)", True),
         (zero(overlap_comm=True, stage3_prefetch_bucket_size=5, reduce_bucket_size="auto"), None, True),
