@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sft.arguments import defaults
 from sft.messages import Refused
 from sft.training.go_on import follow_schedule, losses_so_far
-from sft.training.plan import refuse_another_run, spelled, zero_of
+from sft.training.plan import go_on_with, refuse_another_run, spelled, zero_of
 from sft.training.resume import check_training_state, read_trainer_state, steps_left
 
 
@@ -150,13 +151,27 @@ def test_a_deepspeed_file_is_its_stage_and_offload():
 )
 def test_another_deepspeed_file(config, says, fits, capsys):
     """A key that decides is refused by name; where the optimizer's shards fit it, --resume_anyway goes on."""
-    run, given = {"arguments": {"deepspeed": zero()}}, {"deepspeed": config, "resume_anyway": False}
+    run, given = {"deepspeed": zero()}, {"deepspeed": config, "resume_anyway": False}
     with pytest.raises(Refused, match=re.escape(f"deepspeed {says}")) if says else contextlib.nullcontext() as refusal:
         refuse_another_run(Path("checkpoint-1"), run, given)
     assert says is None or ("--resume_anyway" in str(refusal.value)) == fits
     with contextlib.nullcontext() if fits else pytest.raises(Refused, match=re.escape(f"deepspeed {says}")):
         refuse_another_run(Path("checkpoint-1"), run, given | {"resume_anyway": True})
     assert (f"deepspeed {says}" in capsys.readouterr().out) == bool(fits and says)
+
+
+def test_a_masked_value_is_never_used(capsys):
+    """Nor compared: one that decides must be given, others are taken as not given."""
+    known = defaults() | {"run_name": "http://me:***@host", "output_dir": "out", "optim_args": None}
+    given = {"resume_from_checkpoint": "out/checkpoint-1", "train_data_file": ["rows.jsonl"]}
+    assert go_on_with({"arguments": known}, given)["run_name"] is None
+    assert "does not record --run_name: taken as not given" in capsys.readouterr().out
+    with pytest.raises(Refused, match="does not record --optim_args, because it had a secret in it"):
+        go_on_with({"arguments": known | {"optim_args": "a=***"}}, given)
+    values = go_on_with({"arguments": known | {"optim_args": "a=***"}}, given | {"optim_args": "a=1"})
+    assert values["optim_args"] == "a=1"
+    with pytest.raises(Refused, match="does not record its run's rows"):
+        go_on_with({"arguments": known, "rows": {"files": ["***/rows.jsonl"]}}, given | {"train_data_file": None})
 
 
 def test_losses_of_a_checkpoint_without_their_sum():

@@ -21,7 +21,7 @@ from sft.arguments import (
     set_lowest_rate,
     use_todays_names,
 )
-from sft.messages import Refused, choice, note
+from sft.messages import MASK, Refused, choice, note
 from sft.parser import NO_EFFECT, parse_flags
 from sft.training import fields
 from sft.training.choose import choose_checkpoint
@@ -100,21 +100,24 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     Refuses, in one message with both values, what is given and would make it another run; with --resume_anyway a line
     says what differs, and only what the checkpoint does not fit is refused.
     """
-    checkpoint, plan = Path(given["resume_from_checkpoint"]), earlier["arguments"]
-    unknown = [f"--{name}" for name in (*MUST_BE_KNOWN, *NOT_KNOWN) if name not in plan and name not in given]
-    needed = [flag for flag in unknown if flag[2:] in MUST_BE_KNOWN]
+    checkpoint, values = Path(given["resume_from_checkpoint"]), defaults()
+    plan = {name: value for name, value in earlier["arguments"].items() if MASK not in str(value)}
+    secret = earlier["arguments"].keys() - plan.keys()
+    names = dict.fromkeys((*MUST_BE_KNOWN, *NOT_KNOWN, *sorted(secret & values.keys())))
+    unknown = [f"--{name}" for name in names if name not in plan and name not in given]
+    needed = [flag for flag in unknown if flag[2:] in {*MUST_BE_KNOWN, *secret.intersection(fields.DECIDES)}]
     if needed:
+        why = "it had a secret in it" if secret else "an earlier release or another program saved it"
         raise Refused(
-            f"--resume_from_checkpoint {checkpoint}: was saved by an earlier release or another program and does not "
-            f"record {', '.join(needed)}. Give the values that its run had"
+            f"--resume_from_checkpoint {checkpoint}: does not record {', '.join(needed)}, because {why}. Give the "
+            "values that its run had"
         )
     if unknown:
         note(f"{checkpoint} does not record {', '.join(unknown)}: taken as not given")
     ranks, same = number_of_processes(), "gradient_accumulation_steps"
     if given.get(same, 0) * ranks == plan.get(same, 1) * earlier.get("processes", ranks):  # the same rows a step
         given = {name: value for name, value in given.items() if name != same}
-    refuse_another_run(checkpoint, earlier, given)
-    values = defaults()
+    refuse_another_run(checkpoint, plan, given)
     own = {*fields.NO_EFFECT_ON_RUN, *fields.BY_CONTENT}
     kept = {name: value for name, value in plan.items() if name in values and name not in own}
     for flag, winner in (("num_train_epochs", "max_steps"), ("gradient_checkpointing", "activation_checkpointing")):
@@ -123,7 +126,7 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     values |= kept | given
     if not values["train_data_file"]:
         values["train_data_file"] = earlier.get("rows", {}).get("files")
-        if not values["train_data_file"]:
+        if not values["train_data_file"] or MASK in str(values["train_data_file"]):
             raise Refused(f"--train_data_file is not given, and {checkpoint} does not record its run's rows")
         choice("train_data_file", " ".join(values["train_data_file"]), "the run's rows")
     if values["output_dir"] is None:
@@ -132,9 +135,9 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     return values
 
 
-def refuse_another_run(checkpoint: Path, earlier: dict[str, Any], given: dict[str, Any]) -> None:
+def refuse_another_run(checkpoint: Path, plan: dict[str, Any], given: dict[str, Any]) -> None:
     """Refuse flags that differ from the earlier run's and decide what is computed."""
-    known = dict(earlier["arguments"])
+    known = dict(plan)
     own = {*fields.MAY_CHANGE, *fields.NO_EFFECT_ON_RUN, *fields.BY_CONTENT}
     asked = {name: value for name, value in given.items() if name not in own}
     fixed = set(fields.FIXED)
