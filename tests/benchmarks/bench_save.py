@@ -45,6 +45,7 @@ def trainer_after_a_step(model_dir: Path, out: Path):
     trainer = train.make_trainer(model, model_args, data_args, args, start, data, None)
     begin_output_dir(args, False)
     trainer.train()
+    trainer.control.should_training_stop = False  # else a save waits until it is whole
     return trainer
 
 
