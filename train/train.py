@@ -71,6 +71,7 @@ def main(argv: list[str]) -> None:
     result = trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
 
     # 6. Save: the final model at the top of output_dir, the curve and the figures beside it.
+    trainer.finish_save()
     with failing_together(partial(why_not_saved, Path(training_args.output_dir), 0)):
         trainer.save_model()
         trainer.save_state()
