@@ -33,34 +33,25 @@ DECIDES = names("""
 DECIDES += FIXED
 FIXED_BY_DEEPSPEED = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")  # the optimiser takes its state's
 
-# Of a DeepSpeed file: each key of zero_optimization that decides, with DeepSpeed's default (without `stage3_`), ...
+# Of zero_optimization in a DeepSpeed file what decides, without `stage3_`, beside stage and offload; and the defaults.
 ZERO_DECIDES = {
     "round_robin_gradients": False, "parameter_alignment": False, "sub_group_size": 10**9, "elastic_checkpoint": False,
-    "legacy_stage1": False, "zenflow": None, "super_offload": False, "ratio": 1.0,
-    "reduce_scatter": True, "use_multi_rank_bucket_allreduce": True, "compute_grad_norm": True,
+    "legacy_stage1": False, "zenflow": None, "super_offload": False, "ratio": 1.0, "reduce_scatter": True,
+    "cpu_offload": None, "cpu_offload_param": None, "use_multi_rank_bucket_allreduce": True, "compute_grad_norm": True,
     "load_from_fp32_weights": True, "zero_hpz_partition_size": 1, "zero_quantized_weights": False,
     "zero_quantized_nontrainable_weights": False, "zero_quantized_gradients": False, "memory_efficient_linear": True,
     "override_module_apply": True,
 }  # fmt: skip
-# ... those that do not, or that are compared as stage and offload, ...
-ZERO_MAY_CHANGE = names("""
-    stage offload_optimizer offload_param cpu_offload cpu_offload_param cpu_offload_use_pin_memory
-    contiguous_gradients overlap_comm reduce_bucket_size allgather_bucket_size allgather_partitions
-    prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters
-    max_reuse_distance module_granularity_threshold use_all_reduce_for_fetch_params allgather_sequential
-    gather_16bit_weights_on_model_save gather_fp16_weights_on_model_save ignore_unused_parameters leaf_module
-    pipeline_loading_checkpoint save_muon_momentum_buffer_in_memory log_trace_cache_warnings enable_sanity_checks
+ZERO_FIXED = names("""
+    round_robin_gradients parameter_alignment sub_group_size elastic_checkpoint legacy_stage1 zenflow super_offload
+    cpu_offload cpu_offload_param
 """)
+# Of the rest of that file. By what is fixed the optimizer's shards are divided, or theirs would be used.
+DEEPSPEED_FIXED = names("optimizer scheduler fp16 bf16 amp data_types tensor_parallel compression_training")
+DEEPSPEED_FIXED += tuple(f"zero_optimization.{key}" for key in ZERO_FIXED)
 DEEPSPEED_MAY_CHANGE = names("""
     zero_optimization steps_per_print wall_clock_breakdown memory_breakdown dump_state flops_profiler comms_logger aio
     tensorboard wandb csv_monitor comet
-""")
-# ... and what --resume_anyway does not change: by it the optimizer's shards are divided, or theirs would be used.
-DEEPSPEED_FIXED = names("""
-    zero_optimization.round_robin_gradients zero_optimization.parameter_alignment zero_optimization.sub_group_size
-    zero_optimization.elastic_checkpoint zero_optimization.legacy_stage1 zero_optimization.zenflow
-    zero_optimization.super_offload
-    optimizer scheduler fp16 bf16 amp data_types tensor_parallel compression_training
 """)
 BY_CONTENT = ("train_data_file", "model_name_or_path", "tokenizer_name_or_path")  # and not by their paths
 

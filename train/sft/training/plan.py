@@ -10,28 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    build,
-    check_values,
-    choose_evaluation,
-    defaults,
-    set_lowest_rate,
-    use_todays_names,
-)
+from sft import arguments
+from sft.arguments import DataArguments, ModelArguments, TrainingArguments, defaults
 from sft.messages import MASK, Refused, choice, note
 from sft.parser import NO_EFFECT, parse_flags
-from sft.training import fields
+from sft.training import environment, fields
 from sft.training.choose import choose_checkpoint
-from sft.training.environment import (
-    number_of_processes,
-    prepare,
-    read_deepspeed_file,
-    set_rendezvous_variables,
-    use_built_arguments,
-)
 from sft.training.record import new_record, read_record
 from sft.training.reshard import steps_for_ranks
 from sft.training.resume import read_trainer_state
@@ -52,7 +36,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     for name in NO_EFFECT.keys() & given.keys():
         note(f"--{name}: no effect: {NO_EFFECT[name]}")
         del given[name]
-    set_rendezvous_variables(deepspeed=False)
+    environment.set_rendezvous_variables(deepspeed=False)
     checkpoint, earlier = choose_checkpoint(given), {}
     given.pop("resume_from_checkpoint", None)
     values = defaults() | given
@@ -63,16 +47,16 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         values = go_on_with(earlier, given)
     chosen, steps = dict(values), None
     if checkpoint:
-        steps = steps_for_ranks(earlier, values, number_of_processes())
+        steps = steps_for_ranks(earlier, values, environment.number_of_processes())
         chosen["gradient_accumulation_steps"] = steps or values["gradient_accumulation_steps"]
-    check_values(chosen)
-    choose_evaluation(chosen)
-    use_todays_names(chosen)
+    arguments.check_values(chosen)
+    arguments.choose_evaluation(chosen)
+    arguments.use_todays_names(chosen)
     with refusing():
-        set_lowest_rate(chosen)
-        prepare(chosen)
-        model, data, training = build(chosen)
-        use_built_arguments(training)
+        arguments.set_lowest_rate(chosen)
+        environment.prepare(chosen)
+        model, data, training = arguments.build(chosen)
+        environment.use_built_arguments(training)
     model.given = frozenset(given)
     training.record = earlier | new_record(values, training)
     if steps:  # the run's stay: it may go on with other numbers again
@@ -114,7 +98,7 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
         )
     if unknown:
         note(f"{checkpoint} does not record {', '.join(unknown)}: taken as not given")
-    ranks, same = number_of_processes(), "gradient_accumulation_steps"
+    ranks, same = environment.number_of_processes(), "gradient_accumulation_steps"
     if given.get(same, 0) * ranks == plan.get(same, 1) * earlier.get("processes", ranks):  # the same rows a step
         given = {name: value for name, value in given.items() if name != same}
     refuse_another_run(checkpoint, plan, given)
@@ -142,7 +126,7 @@ def refuse_another_run(checkpoint: Path, plan: dict[str, Any], given: dict[str, 
     asked = {name: value for name, value in given.items() if name not in own}
     fixed = set(fields.FIXED)
     if "deepspeed" in asked:
-        now, then = zero_of(read_deepspeed_file(asked.pop("deepspeed"))), zero_of(known.get("deepspeed"))
+        now, then = zero_of(environment.read_deepspeed_file(asked.pop("deepspeed"))), zero_of(known.get("deepspeed"))
         for part in {"deepspeed"} if now["deepspeed"] != then["deepspeed"] else sorted(now.keys() | then.keys()):
             asked[part], known[part] = now.get(part, "none"), then.get(part, "none")
         fixed |= {f"deepspeed {part}" for part in fields.DEEPSPEED_FIXED}
@@ -181,13 +165,11 @@ def zero_of(config: dict | None) -> dict[str, Any]:
     change what is computed. A key that is left out has its default."""
     if config is None:
         return {"deepspeed": "none"}
-    given = {k.removeprefix("stage3_"): v for k, v in config.get("zero_optimization", {}).items() if v != "auto"}
-    offload = {key: given.get(f"offload_{key}") or {} for key in ("optimizer", "param")}
-    old = {"optimizer": given.get("cpu_offload"), "param": given.get("cpu_offload_param")}
-    places = [part.get("device", "cpu" if old[key] else "none") for key, part in offload.items()]
-    stage = f"ZeRO-{given.get('stage', 0)}" + f", offload to {' and '.join(places)}" * (set(places) != {"none"})
-    given |= {key: value for key, value in offload["optimizer"].items() if key in fields.ZERO_DECIDES}
-    zero = fields.ZERO_DECIDES | {key: value for key, value in given.items() if key not in fields.ZERO_MAY_CHANGE}
+    zero = {k.removeprefix("stage3_"): v for k, v in config.get("zero_optimization", {}).items() if v != "auto"}
+    offload = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
+    places = [part.get("device", "none") for part in offload]
+    stage = f"ZeRO-{zero.get('stage', 0)}" + f", offload to {' and '.join(places)}" * (set(places) != {"none"})
+    zero |= offload[0]
     parts = {key: value for key, value in config.items() if key not in fields.DEEPSPEED_MAY_CHANGE}
-    parts |= {f"zero_optimization.{key}": value for key, value in zero.items()}
+    parts |= {f"zero_optimization.{key}": zero.get(key, default) for key, default in fields.ZERO_DECIDES.items()}
     return {"deepspeed": stage} | {f"deepspeed {key}": value for key, value in parts.items()}
