@@ -1,10 +1,13 @@
 """No secret that a run is given is printed or written, however it is given; and one that goes on does without."""
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 
-from conftest import TRAIN
+from conftest import TRAIN, run_command
 
 PLANTED = {  # where it is put: the secret
     "the environment": "planted-in-env-0123",
@@ -41,3 +44,14 @@ def test_no_secret_is_printed_or_written(model_dir, example_tokenizer_dir, examp
     assert run.returncode == 0, run.stderr[-3000:]
     assert "checkpoint-1 does not record --project, --run_name: taken as not given" in " ".join(run.stdout.split())
     assert planted_in(run, tmp_path / "on") == []
+
+
+def test_nor_by_train_sh():
+    """In its own lines and a refusal; the output directory that it makes goes again."""
+    secret = PLANTED["the environment"]
+    env = {"PLANTED_API_KEY": secret, "MODEL_PATH": f"models/{secret}", "TRAIN_DATA_FILE": "rows.jsonl"}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    run = run_command(["bash", str(TRAIN / "train.sh")], env)
+    assert run.returncode == 2 and f"OUTPUT_DIR = {TRAIN}/output/*** (the name of MODEL_PATH)" in run.stdout
+    assert "models/***: no such directory" in run.stderr and secret not in run.stdout + run.stderr
+    assert not (TRAIN / "output" / secret).exists()

@@ -55,6 +55,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     with refusing():
         arguments.set_lowest_rate(chosen)
         environment.prepare(chosen)
+        export_keys(chosen["deepspeed"] or {})
         model, data, training = arguments.build(chosen)
         environment.use_built_arguments(training)
     model.given = frozenset(given)
@@ -62,6 +63,13 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     if steps:  # the run's stay: it may go on with other numbers again
         training.record["processes"] = earlier["processes"]
     return model, data, training
+
+
+def export_keys(config: dict[str, Any]) -> None:
+    """Move a service's key (comet.api_key) to the environment: DeepSpeed would save it with each checkpoint."""
+    for name, section in config.items():
+        if isinstance(section, dict) and section.get("api_key"):
+            os.environ[f"{name.upper()}_API_KEY"] = str(section.pop("api_key"))
 
 
 @contextlib.contextmanager
