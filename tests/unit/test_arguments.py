@@ -95,7 +95,7 @@ def test_refused_with_the_flag_and_what_was_found(argv, says):
 def test_a_deepspeed_file_that_does_not_parse(tmp_path):
     file = tmp_path / "ds.json"
     file.write_text('{"zero_optimization": ')
-    with pytest.raises(Refused, match="not valid JSON"):
+    with pytest.raises(Refused, match="not a readable json object"):
         parse_arguments([*BASE, "--deepspeed", str(file)])
 
 

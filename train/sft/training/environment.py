@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch.distributed.distributed_c10d import _get_default_store
 
-from sft.messages import Refused, choice
+from sft.messages import Refused, choice, read_json
 from sft.processes import free_port
 from sft.stopping import EXIT_STOPPED, end_children
 
@@ -80,16 +80,13 @@ def read_deepspeed_file(name: str | dict) -> dict | None:
     if path is None:
         offered = ", ".join(sorted(p.name for p in TRAIN.glob("ds_*.json")))
         raise Refused(f"--deepspeed {name}: no such file, here or in {TRAIN} (which has {offered})")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Refused(f"--deepspeed {path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise Refused(f"--deepspeed {path}: must hold a JSON object")
+    config = read_json(path)
     scale = config.get("fp16", {}).get("min_loss_scale", 1) if isinstance(config.get("fp16", {}), dict) else None
     if not isinstance(scale, int) or not isinstance(config.get("zero_optimization", {}), dict):
         what = "fp16.min_loss_scale must be an integer, e.g. 1" if not isinstance(scale, int) else "zero_optimization"
         raise Refused(f"--deepspeed {path}: {what}: today's DeepSpeed does not take it as it stands")
+    if isinstance(config.get("comet"), dict) and (key := config["comet"].pop("api_key", None)):
+        os.environ["COMET_API_KEY"] = key  # in the configuration DeepSpeed would save it with each checkpoint
     return config
 
 
