@@ -81,8 +81,12 @@ class GoOn(TrainerCallback, ExportableState):
             return NOTHING_SAVED
         if args.save_only_model:
             return f"Last checkpoint: {self.saved}, without optimizer state (--save_only_model)"
-        ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        launcher = "python" if args.world_size == 1 else f"torchrun --nproc_per_node {ranks}"
-        begin = os.environ.get("GO_ON_WITH") or f"{launcher} {shlex.quote(sys.argv[0])}"
-        command = f"{begin} --resume_from_checkpoint {shlex.quote(self.saved)}"
-        return f"Last checkpoint: {self.saved}. Continue with:\n{command}"
+        script, begin = shlex.quote(sys.argv[0]), os.environ.get("GO_ON_WITH")
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(args.world_size)
+        if not begin and args.world_size == 1:
+            begin = f"python {script}"
+        elif not begin and one_node and "TORCHELASTIC_RUN_ID" in os.environ:
+            begin = f"torchrun --nproc_per_node {args.world_size} {script}"
+        how = "Continue with:" if begin else "To go on, start the same launcher again with:"
+        command = f"{begin or script} --resume_from_checkpoint {shlex.quote(self.saved)}"
+        return f"Last checkpoint: {self.saved}. {how}\n{command}"
