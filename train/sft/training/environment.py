@@ -285,11 +285,9 @@ def end_for_another(store: torch.distributed.Store) -> NoReturn:
 
 
 def exit_all_ranks(code: int) -> NoReturn:
-    """End the process; of several ranks past the interpreter's own shutdown, after what is registered with atexit.
-
-    There torch 2.13 sometimes aborts after a gloo job is done ("terminate called without an active exception"), which
-    would turn any exit code into a failure. Goes with the release that does not.
-    """
+    """End the process; of several ranks past the interpreter's own shutdown, after what is registered with atexit:
+    there torch 2.13 sometimes aborts after a gloo job ("terminate called without an active exception"), which would
+    make a failure of any exit code. Goes with the release that does not."""
     end_children()
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         atexit._run_exitfuncs()
