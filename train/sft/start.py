@@ -51,7 +51,7 @@ EXCLUDES = {"warmup_steps": "warmup_ratio", "warmup_ratio": "warmup_steps", "num
 # What a run that goes on is started with again.
 WHERE = (
     "HOST_GPU_NUM", "CUDA_VISIBLE_DEVICES", "NODE_IP_LIST", "IP_LIST", "LOCAL_IP", "SSH_PORT", "MASTER_PORT",
-    "NET_IFNAME", "FORWARD",
+    "NET_IFNAME", "FORWARD", "STALL_TIMEOUT", "MAX_RESTARTS",
 )  # fmt: skip
 
 
@@ -232,7 +232,8 @@ def main(argv: list[str]) -> None:
     given = parse_flags(flags)
     job = Job(given, read_variables(given))
     gpus = choose_machine(job)
-    go_on = {name: os.environ[name] for name in WHERE if os.environ.get(name)}
+    env = os.environ | {"STALL_TIMEOUT": job.variables["STALL_TIMEOUT"]}  # or its flag
+    go_on = {name: env[name] for name in WHERE if env.get(name)}
     if given.get("use_cpu"):  # the run's, and then again as many processes
         go_on["HOST_GPU_NUM"] = job.variables["HOST_GPU_NUM"]
     words = [f"{name}={shlex.quote(value)}" for name, value in go_on.items()]
