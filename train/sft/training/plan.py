@@ -39,16 +39,14 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     environment.set_rendezvous_variables(deepspeed=False)
     checkpoint, earlier = choose_checkpoint(given), {}
     given.pop("resume_from_checkpoint", None)
-    values = defaults() | given
+    values, steps = defaults() | given, None
     if checkpoint:
         given["resume_from_checkpoint"] = str(checkpoint)
         read_trainer_state(checkpoint)
         earlier = read_record(checkpoint)
         values = go_on_with(earlier, given)
-    chosen, steps = dict(values), None
-    if checkpoint:
         steps = steps_for_ranks(earlier, values, environment.number_of_processes())
-        chosen["gradient_accumulation_steps"] = steps or values["gradient_accumulation_steps"]
+    chosen = values | ({"gradient_accumulation_steps": steps} if steps else {})
     arguments.check_values(chosen)
     arguments.choose_evaluation(chosen)
     arguments.use_todays_names(chosen)
