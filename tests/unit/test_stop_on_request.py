@@ -1,6 +1,7 @@
 """On which step a run stops, by what the Trainer would do there."""
 
 import types
+from pathlib import Path
 
 import pytest
 from transformers import TrainerControl
@@ -117,6 +118,7 @@ def test_the_command_that_goes_on(ranks, env, line, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", ["/a/train.py", "--max_steps", "9"])
     stopped = go_on.GoOn(None)
-    stopped.saved = "o t/checkpoint-3"
+    stopped.saved = [Path("o t/checkpoint-3"), Path("o t/checkpoint-6")]
+    monkeypatch.setattr(go_on, "is_whole", lambda checkpoint: checkpoint.name == "checkpoint-3")  # 6 is being written
     said = stopped.how(types.SimpleNamespace(world_size=ranks, save_only_model=False))
     assert said.startswith(f"Last checkpoint: o t/checkpoint-3. {line}"), said

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     name_job()
 
 from sft.arguments import check_values, defaults
-from sft.messages import Refused, report_refusal, run_script
+from sft.messages import Refused, guard, report_refusal, run_script
 from sft.nodes.examine import number_of_gpus
 from sft.nodes.launch import launch
 from sft.nodes.preflight import number_from, read_nodes, visit
@@ -261,4 +261,5 @@ def exit_past_threads(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    guard(sys.stdout)
     run_script(lambda: main(sys.argv[1:]), leave=exit_past_threads)

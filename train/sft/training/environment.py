@@ -86,6 +86,8 @@ def read_deepspeed_file(name: str | dict) -> dict | None:
     if not isinstance(scale, int) or not isinstance(config.get("zero_optimization", {}), dict):
         what = "fp16.min_loss_scale must be an integer, e.g. 1" if not isinstance(scale, int) else "zero_optimization"
         raise Refused(f"--deepspeed {path}: {what}: today's DeepSpeed does not take it as it stands")
+    if isinstance(config.get("comet"), dict) and (key := config["comet"].pop("api_key", None)):
+        os.environ["COMET_API_KEY"] = key  # in the configuration DeepSpeed would save it with each checkpoint
     return config
 
 
@@ -283,11 +285,9 @@ def end_for_another(store: torch.distributed.Store) -> NoReturn:
 
 
 def exit_all_ranks(code: int) -> NoReturn:
-    """End the process; of several ranks past the interpreter's own shutdown, after what is registered with atexit.
-
-    There torch 2.13 sometimes aborts after a gloo job is done ("terminate called without an active exception"), which
-    would turn any exit code into a failure. Goes with the release that does not.
-    """
+    """End the process; of several ranks past the interpreter's own shutdown, after what is registered with atexit:
+    there torch 2.13 sometimes aborts after a gloo job ("terminate called without an active exception"), which would
+    make a failure of any exit code. Goes with the release that does not."""
     end_children()
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         atexit._run_exitfuncs()
