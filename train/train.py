@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     data = load_data(data_args, start.tokenizer, training_args.seed)
     record_rows(training_args, data_args.train_data_file, data.examples, data.figures)
     if start.checkpoint and not steps_left(start.checkpoint, training_args, len(data.train), model_args.given):
-        write_final_files(start.checkpoint, start.directory, training_args, model_args.any_base, data.figures)
+        write_final_files(start, training_args, model_args.any_base, data.figures)
         return
     probe = Probe(training_args.probe_file, start.tokenizer) if training_args.probe_file else None
 
@@ -116,7 +116,7 @@ def make_trainer(
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
-    go_on = GoOn(trainer)
+    go_on = GoOn(trainer, start.best)
     for ours in (ProgressLine(), go_on, StopOnRequest(go_on)):
         trainer.add_callback(ours)
     return trainer

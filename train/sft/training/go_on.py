@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from sft.messages import choice
@@ -41,12 +41,15 @@ def follow_schedule(scheduler: Any, step: int, max_steps: int, learning_rate: fl
 
 
 class GoOn(TrainerCallback, ExportableState):
-    """What the Trainer forgets at a checkpoint: losses that are not logged yet, intervals that are given anew. For one
-    who stops the run, what was saved last and the command that goes on."""
+    """What the Trainer forgets at a checkpoint: losses that are not logged yet, evaluations without a better loss,
+    where the best checkpoint is, intervals that are given anew. For one who stops the run, what was saved last and the
+    command that goes on."""
 
-    def __init__(self, trainer: transformers.Trainer):
+    def __init__(self, trainer: transformers.Trainer, best: Path | None = None):
         self.trainer = trainer
+        self.best = best  # the best checkpoint before this process
         self.saved = ""  # the last checkpoint of this process
+        trainer.args.restore_callback_states_from_checkpoint = False  # done below; the Trainer builds callbacks anew
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps, as losses_so_far() returns it."""
@@ -64,13 +67,26 @@ class GoOn(TrainerCallback, ExportableState):
             highest = args.learning_rate if args.resume_anyway else None
             scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
             follow_schedule(scheduler, state.global_step, state.max_steps, highest)
-        for callback in self.trainer.callback_handler.callbacks:  # one that the checkpoint does not know
-            if isinstance(callback, ExportableState):
-                state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+            state.best_model_checkpoint = self.best and str(self.best)
+            args.eval_on_start = False  # the run has done that
+        for name, callback in self.stateful():
+            kept = state.stateful_callbacks.setdefault(name, callback.state())  # the checkpoint may not know it
+            if isinstance(callback, EarlyStoppingCallback):
+                patience = callback.early_stopping_patience  # may be given anew
+                vars(callback).update(kept["args"] | kept["attributes"], early_stopping_patience=patience)
         state.compute_steps(args, state.max_steps)  # the Trainer takes the checkpoint's intervals
+
+    def stateful(self) -> list[tuple[str, Any]]:
+        """The callbacks whose state trainer_state.json keeps, with their names there."""
+        callbacks = self.trainer.callback_handler.callbacks
+        return [(type(callback).__name__, callback) for callback in callbacks if isinstance(callback, ExportableState)]
 
     def on_step_end(self, args, state, control, **kwargs):
         keep_step(args, state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Let the final trainer_state.json have the callbacks' states of now, and not of the last checkpoint."""
+        state.stateful_callbacks |= {name: callback.state() for name, callback in self.stateful()}
 
     def on_save(self, args, state, control, **kwargs):
         self.saved = str(Path(args.output_dir, f"checkpoint-{state.global_step}"))
