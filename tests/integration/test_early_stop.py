@@ -1,6 +1,7 @@
 """A run that ends by its evaluations: the same on resume, and finished once it has ended."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -105,3 +106,36 @@ def test_more_patience_goes_on(stopped, run_train, tmp_path):
     assert "train_results.json, trainer_state.json: moved to" in run.stdout
     results = json.loads((tmp_path / "out" / "train_results.json").read_text())
     assert results["global_step"] == stopped.steps + 2
+
+
+def test_final_files_that_the_disk_refuses(stopped, run_here, tmp_path):
+    """One line, as at the end of training."""
+    (tmp_path / "training_args.bin").mkdir()
+    checkpoint = stopped.out / f"checkpoint-{stopped.steps}"
+    run = run_here("train.py", ["--resume_from_checkpoint", checkpoint, "--output_dir", tmp_path])
+    assert run.returncode == 1 and f"failed: {tmp_path} could not be saved: Is a directory." in run.stderr
+    assert "Traceback" not in run.stderr and not (tmp_path / "train_results.json").exists()
+
+
+@pytest.mark.campaign
+@pytest.mark.needs_gxx
+def test_of_two_ranks_with_zero(stopped, model_dir, example_tokenizer_dir, run_train, tmp_path):
+    """S4, S5, beside an evaluation before the first step, which a run that goes on does not count again."""
+    flags = [*stopped.flags, "--model_name_or_path", model_dir("moe", example_tokenizer_dir), "--eval_on_start"]
+    flags += ["--deepspeed", "ds_zero2_no_offload.json", "--restore_callback_states_from_checkpoint"]
+    run = run_train([*flags, "--output_dir", tmp_path / "whole"], launcher="torchrun", nproc=2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    steps = json.loads((tmp_path / "whole" / "train_results.json").read_text())["global_step"]
+    for step in (steps - 4, steps - 2):
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "moved" / f"checkpoint-{step}")
+    hidden = (tmp_path / "whole").rename(tmp_path / "gone")
+    flags += ["--output_dir", tmp_path / "moved", "--auto_resume", "--save_total_limit", 1]
+    for said in ("best checkpoint = ", "the run is finished, it stays as it is"):
+        run = run_train(flags, launcher="torchrun", nproc=2)
+        assert run.returncode == 0 and said in run.stdout, run.stderr[-3000:]
+        assert "does not exist anymore" not in run.stderr and is_same(hidden, tmp_path / "moved")
+    (tmp_path / "moved" / "stop").mkdir()  # cannot be removed as a file
+    os.utime(tmp_path / "moved" / "stop", (0, 0))
+    run = run_train([*flags, "--early_stopping_patience", 3], launcher="torchrun", nproc=2)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert run.stderr.count("refused: ") == 1 and "stop: cannot be written (Is a directory)" in run.stderr

@@ -209,5 +209,15 @@ def test_what_the_disk_refuses_is_a_refusal(what, run, monkeypatch):
         (run / "checkpoint-3" / MANIFEST).unlink()
     owner, name = {"rmdir": (shutil, "rmtree"), "stop": (Path, "unlink")}.get(what, (Path, what))
     monkeypatch.setattr(owner, name, fail)
-    with pytest.raises(Refused, match=rf"--output_dir {run}: .*Permission denied: '{run}"):
+    with pytest.raises(Refused, match=rf"--output_dir: {run}/.*: cannot be written \(Permission denied\)"):
         begin_output_dir(args, False)
+
+
+@pytest.mark.parametrize("name", ["file", "file/out", "read_only", "read_only/out", "a" * 300])
+def test_a_directory_that_cannot_be_written_is_refused_early(name, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "read_only").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "read_only")  # the tests may run as root
+    with pytest.raises(Refused, match=r"--output_dir.*(file|read_only|aaa).*be written"):
+        check_output_dir(arguments(tmp_path / name), None, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "read_only"}

@@ -1,5 +1,6 @@
 """What the Trainer forgets at a checkpoint and is put back; how a run that was stopped goes on."""
 
+import logging
 import os
 import shlex
 import sys
@@ -50,6 +51,9 @@ class GoOn(TrainerCallback, ExportableState):
         self.best = best  # the best checkpoint before this process
         self.saved = ""  # the last checkpoint of this process
         trainer.args.restore_callback_states_from_checkpoint = False  # done below; the Trainer builds callbacks anew
+        if best:  # the Trainer looks where it was saved, and says that it is gone
+            logger = logging.getLogger("transformers.trainer")
+            logger.addFilter(lambda record: "does not exist anymore" not in record.getMessage())
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps, as losses_so_far() returns it."""

@@ -8,6 +8,7 @@ manifest.json: {"step": N, "world_size": W, "save_on_each_node": bool, "files": 
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,8 @@ BLOCK, BLOCKS = 1 << 20, 256  # a sample: bytes of each block, number of blocks
 
 def checkpoints_in(output: Path) -> list[Path]:
     """The directories checkpoint-N in `output`, in the order of their steps."""
-    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    there = output.glob("checkpoint-*") if os.path.isdir(output) else ()  # glob raises where a parent is closed
+    found = [path for path in there if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
 

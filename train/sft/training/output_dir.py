@@ -3,11 +3,13 @@
 Refused (exit code 2): what is not; also one that is, or would be moved with, the model to train.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,20 +32,36 @@ STOP_FILE = "stop"  # asks the run to stop
 locks: dict[Path, IO] = {}  # {path: open file}, for as long as this process lives
 
 
+@contextlib.contextmanager
+def refusing_together() -> Iterator[None]:
+    """A block that all ranks begin and end together: what one of them refuses, or the system refuses it, all do."""
+    why = None
+    try:
+        yield
+    except Refused as refusal:
+        why = str(refusal)
+    except OSError as error:
+        why = f"--output_dir: {error.filename}: cannot be written ({error.strerror}). Choose another directory"
+    refuse_together(why)
+
+
+@refusing_together()
 def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_path: str | None) -> bool:
-    """Refuse an output directory that is a file, holds another run, or that overwriting would take the model from.
+    """Refuse an output directory that cannot be written, holds another run, or that overwriting would take the model
+    from.
 
     Returns whether there is an earlier run to set aside, once the new one is about to begin. With --auto_resume a
     finished run stays as it is: ends the process. All ranks must call.
     """
     output = Path(args.output_dir)
     lock_output_dir(args)
-    if os.path.exists(output) and not os.path.isdir(output):  # pathlib's raise where a parent cannot be read
-        raise Refused(f"--output_dir {output}: is a file")
     resumed = step_begun(args) > 0
     if args.auto_resume and from_all_ranks(is_finished(args))[0]:
         note(f"{output}: the run is finished, it stays as it is")
         sys.exit(0)
+    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise Refused(f"--output_dir {output}: {place} is not a directory that can be written")
     for flag, path in (("model", model_path), ("tokenizer", tokenizer_path)):
         if path is None or resumed or not Path(path).exists():
             continue
@@ -56,9 +74,9 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
     if resumed:
         return False
     held = sorted(file.name for mark in MODEL_MARKS for file in output.glob(mark))
-    done = os.path.exists(output / "train_results.json")
+    done = (output / "train_results.json").exists()
     runs = done or any(output.glob("checkpoint-*"))
-    if held and not runs and not os.path.exists(output / LOCK):
+    if held and not runs and not (output / LOCK).exists():
         raise Refused(
             f"--output_dir {output}: contains a model that no run has written ({first_few(held)}). It would be "
             "overwritten: choose another directory"
@@ -102,27 +120,26 @@ def read_if_whole(file: Path) -> dict[str, Any]:
         return {}
 
 
+@refusing_together()
 def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
     """Refuse an output directory that another job writes to, and keep others out until this process ends. All ranks
     must call.
 
     The kernel holds the lock (flock), on a file that stays. It is made when the run is about to `begin`.
     """
-    path, why = Path(args.output_dir, LOCK), None
-    if args.should_save and path not in locks and (begin or os.path.exists(path)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            locks[path] = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")  # noqa: SIM115
-            fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            locks.pop(path).close()
-            why = f"--output_dir {path.parent}: another running job uses it. Choose another directory, or end that job"
-        except OSError as error:
-            if path not in locks:
-                why = f"--output_dir {path.parent}: cannot be written ({error.strerror})"
-            else:
-                note(f"{path.parent}: is not locked, its file system has no locks ({error.strerror})")
-    refuse_together(why)
+    path = Path(args.output_dir, LOCK)
+    if not args.should_save or path in locks or not (begin or path.exists()):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    locks[path] = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")  # noqa: SIM115
+    try:
+        fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        locks.pop(path).close()
+        why = "another running job uses it. Choose another directory, or end that job"
+        raise Refused(f"--output_dir {path.parent}: {why}") from None
+    except OSError as error:
+        note(f"{path.parent}: is not locked, its file system has no locks ({error.strerror})")
 
 
 def check_still_ours(output: Path) -> None:
@@ -134,23 +151,18 @@ def check_still_ours(output: Path) -> None:
             raise FileNotFoundError(errno.ENOENT, "the directory was replaced", str(output))
 
 
+@refusing_together()
 def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:
-    """Keep other jobs out, and set an earlier run aside: this one begins. Refuses a directory in which that fails. All
-    ranks must call."""
+    """Keep other jobs out, and set an earlier run aside: this one begins. Where it goes on, checkpoints that are newer
+    than its own are of steps that it makes anew, and it is finished no more. All ranks must call."""
     lock_output_dir(args, begin=True)
-    why = None
-    try:
-        if args.should_save:
-            make_way(args, earlier_run)
-    except OSError as error:
-        why = f"--output_dir {args.output_dir}: {error}: make this possible, or choose another directory"
-    refuse_together(why)
+    if args.should_save:
+        make_way(args, earlier_run)
     keep_step(args, 0)
 
 
 def make_way(args: TrainingArguments, earlier_run: bool) -> None:
-    """Remove an old file `stop`, and set an earlier run aside. Where that goes on, checkpoints that are newer than its
-    own are of steps that it makes anew, and it is finished no more."""
+    """Remove an old file `stop`, and set aside what is not this run's any more."""
     output = Path(args.output_dir)
     remove_old_stop_file(output)
     if earlier_run:

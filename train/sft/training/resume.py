@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from sft.arguments import DataArguments, ModelArguments
 from sft.data.tokenized import tokenizer_digest
-from sft.messages import Refused, note, read_json
+from sft.messages import Refused, choice, note, read_json
 from sft.model.adapter_base import base_digest, check_base
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE, write_json
@@ -28,7 +28,7 @@ from sft.model.weight_files import INDEX, open_tensors
 from sft.training.choose import fault_on_any_rank, is_foreign
 from sft.training.environment import ranks_of_this_disk
 from sft.training.go_on import losses_so_far
-from sft.training.output_dir import has_stopped_early, lock_output_dir, read_if_whole
+from sft.training.output_dir import has_stopped_early, read_if_whole
 from sft.training.progress import Meter
 from sft.training.record import compare, record_start
 from sft.training.reshard import check_shards, report_epoch_end, saved_by
@@ -121,6 +121,8 @@ def find_best(checkpoint: Path, args: TrainingArguments) -> Path | None:
         return saved and checkpoint
     places = [path.with_name(Path(saved).name) for path in (checkpoint, checkpoint.resolve())]
     best = next((place for place in (*places, Path(saved)) if place.is_dir()), places[0])
+    if best.resolve() != Path(saved).resolve():
+        choice("best checkpoint", best, f"it was saved as {saved}")
     fault = fault_on_any_rank(best, vars(args)) if args.load_best_model_at_end else None
     if fault is None or is_foreign(best):
         return best if best.is_dir() else None
@@ -200,7 +202,6 @@ def write_final_files(start: Start, args: TrainingArguments, any_base: bool, fig
     checkpoint, directory, output = Path(start.checkpoint or ""), start.directory, Path(args.output_dir)
     state = read_trainer_state(checkpoint)
     note(f"{checkpoint} is the end of a finished run: no step is left, its final files are written")
-    lock_output_dir(args, begin=True)  # all ranks have looked at output_dir then
     if not args.should_save:
         return
     output.mkdir(parents=True, exist_ok=True)
