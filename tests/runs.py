@@ -27,7 +27,7 @@ import server
 
 TESTS = Path(__file__).resolve().parent
 TRAIN = TESTS.parent / "train"
-JOB = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+JOB = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}
 # no thread in the server: numpy's BLAS and Arrow's allocator would start some
 NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
@@ -124,6 +124,7 @@ def rank_variables(nproc: int) -> list[dict[str, str]]:
     if nproc == 1:
         return [{}]
     world = {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    world["TORCHELASTIC_RUN_ID"] = "none"
     ranks = [world | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(nproc)]
     return [{key: str(value) for key, value in rank.items()} for rank in ranks]
 

@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft.arguments import DataArguments, ModelArguments, TrainingArguments
 from sft.data.batches import Collator, Data, load_data
-from sft.messages import note, print_although_full, run_script
+from sft.messages import guard, note, run_script
 from sft.model.load import accepts_loss_kwargs, check_own_class, load_model, takes_supervised_head
 from sft.training.disk import check_space, why_not_saved
 from sft.training.environment import exit_all_ranks, failing_together, first_rank_refuses
@@ -74,6 +74,7 @@ def main(argv: list[str]) -> None:
     result = trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
 
     # 6. Save: the final model at the top of output_dir, the curve and the figures beside it.
+    trainer.finish_save()
     with saving():
         trainer.save_model()
         trainer.save_state()
@@ -105,6 +106,7 @@ def make_trainer(
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
     # of a class that takes no number of tokens, the loss is computed here, over the whole step
     loss_func = None if accepts_loss_kwargs(model) or training_args.label_smoothing_factor else mean_loss
+    training_args.restore_callback_states_from_checkpoint = False  # GoOn does; the Trainer would build callbacks anew
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -126,7 +128,7 @@ def make_trainer(
 
 
 if __name__ == "__main__":
-    print_although_full()
+    guard(sys.stdout)
     run_script(
         lambda: main(sys.argv[1:]),
         failed=stopping.end_if_asked,

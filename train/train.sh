@@ -24,8 +24,8 @@ NODE_NUM=${NODE_NUM:-}                #   refused where they contradict it
 SSH_PORT=${SSH_PORT:-}                # empty: what ssh's own configuration says
 MASTER_PORT=${MASTER_PORT:-}          # where the processes meet; empty: a free port on one machine, 29500 on several
 NET_IFNAME=${NET_IFNAME:-}            # network interface for NCCL and gloo; empty: the one that leads to the chief
-STALL_TIMEOUT=${STALL_TIMEOUT:-1800}  # seconds after which a collective that stalls ends the job
-MAX_RESTARTS=${MAX_RESTARTS:-0}       # how often a run that failed goes on by itself from its newest whole checkpoint
+STALL_TIMEOUT=${STALL_TIMEOUT:-}      # seconds after which a collective that stalls ends the job; empty: 1800
+MAX_RESTARTS=${MAX_RESTARTS:-}        # how often a run that failed goes on by itself from its newest whole checkpoint; empty: 0
 FORWARD=${FORWARD:-}                  # names of further variables that reach every machine: NAME,NAME
 
 # -------------------------------------------------------------------------------------------------------- the recipe

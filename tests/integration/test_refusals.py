@@ -33,7 +33,7 @@ def good(model, rows, out):
         (lambda a, d: [*a, "--train_data_file", d / "empty.jsonl"], "--train_data_file {d}/empty.jsonl: is empty"),
         (lambda a, d: [*a, "--train_data_file", d / "bad.jsonl"], "{d}/bad.jsonl:2: not JSON"),
         (lambda a, d: [*a, "--use_loar"], "unknown argument --use_loar: did you mean --use_lora?"),
-        (lambda a, d: [*a, "--deepspeed", d / "ds.json"], "--deepspeed {d}/ds.json: not valid JSON"),
+        (lambda a, d: [*a, "--deepspeed", d / "ds.json"], "{d}/ds.json: not a readable json object"),
         (lambda a, d: [*a, "--learning_rate", "abc"], "invalid float value: 'abc'"),
         (lambda a, d: [*a, "--output_dir", d / "run"], "--output_dir {d}/run: holds another run"),
         (lambda a, d: [*a, "--use_flash_attn", "--use_cpu"], "--use_flash_attn: FlashAttention needs an NVIDIA GPU"),

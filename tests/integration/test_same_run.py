@@ -244,7 +244,7 @@ def start(flags, env, said):
     ("what", "stage"),
     [
         ("full", None),
-        pytest.param("lora", ZERO3, marks=pytest.mark.needs_gxx),
+        pytest.param("lora", ZERO3, marks=[pytest.mark.campaign, pytest.mark.needs_gxx]),
         pytest.param("lora", None, marks=pytest.mark.campaign),
         pytest.param("lora", ZERO2, marks=[pytest.mark.campaign, pytest.mark.needs_gxx]),
         pytest.param("full", ZERO2, marks=[pytest.mark.campaign, pytest.mark.needs_gxx]),

@@ -305,3 +305,68 @@ def test_a_link_to_nowhere_stays(one, tmp_path):
     one.hang_up()
     one.process.wait(timeout=20)
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").is_symlink()
+
+
+# ----------------------------------------------------------------------------------------------------- started again
+
+LOST, NOT_READY = launch.Failure(1, "node b: lost", weight=2), Refused("1 of 2 nodes are not ready:\nb: ssh: no")
+
+
+@pytest.fixture
+def attempts(monkeypatch, capsys, tmp_path):
+    """`attempts(outcomes, most)`: (exit code, outcomes that are left, what is printed, pauses) of a job whose attempts
+    end so: a step that is made and what failed, a refusal before it, or None."""
+
+    def run(outcomes, most):
+        made, pauses, left = {}, [], list(outcomes)
+
+        def run_once(*args):
+            outcome = left.pop(0)
+            if isinstance(outcome, Refused):
+                raise outcome
+            made["step"], failure = outcome or (0, None)
+            return failure, False
+
+        monkeypatch.setenv("MAX_RESTARTS", str(most))
+        monkeypatch.setattr(launch, "run_once", run_once)
+        monkeypatch.setattr(launch, "step_made", lambda output: made.get("step"))
+        monkeypatch.setattr(launch, "end_at_signals", lambda words: None)
+        monkeypatch.setattr(launch.time, "sleep", pauses.append)
+        code = launch.launch(["train.py"], {"output_dir": str(tmp_path)}, None)
+        return code, len(left), capsys.readouterr().out, pauses
+
+    return run
+
+
+def test_a_restart_waits_for_a_node_that_is_not_ready(attempts):
+    code, left, said, pauses = attempts([(5, LOST), NOT_READY, NOT_READY, None], 3)
+    assert (code, left) == (0, 0)
+    assert "restart 3 of 3: restart 2 was refused: 1 of 2 nodes are not ready: b: ssh: no; going on" in said
+    assert pauses == [launch.LOST_NODE_SECONDS, *2 * [launch.NOT_READY_SECONDS]]
+
+
+def test_a_node_that_is_never_ready_again(attempts):
+    code, left, said, _ = attempts([(5, LOST), NOT_READY, NOT_READY, None], 2)
+    assert (code, left) == (1, 1) and said.endswith(
+        "failed: restart 2 was refused: 1 of 2 nodes are not ready: b: ssh: no\n"
+    )
+
+
+def test_a_refusal_does_not_hide_that_no_step_is_made(attempts):
+    code, left, said, _ = attempts([(5, LOST), NOT_READY, (5, LOST), None], 9)
+    assert (code, left) == (1, 1) and said.endswith("failed: restart 2 made no new step; node b: lost\n")
+
+
+def test_the_first_start_is_refused_at_once(attempts):
+    with pytest.raises(Refused, match="not ready"):
+        attempts([NOT_READY, None], 3)
+
+
+@pytest.mark.parametrize("goes_on", [{}, {"auto_resume": True}, {"resume_from_checkpoint": "true"}])
+@pytest.mark.parametrize("shared", [True, False])
+def test_how_the_disks_are_is_said_where_a_run_goes_on(shared, goes_on, monkeypatch):
+    """It may have begun on other disks, and a checkpoint's own value would hold."""
+    monkeypatch.setattr(launch, "examine", lambda *args: shared)
+    words = launch.prepare([], ["train.py"], 1, goes_on)[1:]
+    expected = ["--save_on_each_node", str(not shared)]
+    assert words == (expected if goes_on or not shared else [])

@@ -133,13 +133,26 @@ def test_a_run_of_train_sh_is_started_again(old, model_dir, example_tokenizer_di
     assert len(list(out.glob("previous-*"))) == old
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.campaign)])
-def test_a_signal_ends_the_pause(number, start):
-    job = start("5:kill,9:0", 3, pause="60")
+@pytest.mark.parametrize(
+    ("number", "pause"),
+    [(signal.SIGTERM, "60"), (signal.SIGTERM, "0.1"), pytest.param(signal.SIGHUP, "60", marks=pytest.mark.campaign)],
+)
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_stop_before_a_new_step(saved, number, pause, start, tmp_path):
+    """In the pause before it is started again, or while it loads: the command that goes on is named."""
+    for step in (9, 10, 100) if saved else ():
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+        if step != 100:  # that one is torn
+            (tmp_path / "out" / f"checkpoint-{step}" / "manifest.json").touch()
+    job = start("12:kill,-:wait", 3, pause=pause, GO_ON_WITH="MASTER_PORT=1 bash train.sh")
     for line in job.stdout:
-        if "restart 1 of 3" in line:
+        if "restart 1 of 3" in line if pause == "60" else "attempt ['--auto_resume'" in line:
             break
     time.sleep(0.3)
     job.send_signal(number)
     output = job.communicate(timeout=20)[0]
-    assert job.returncode == 75 and "start the same command again with --auto_resume" in output, output
+    newest = tmp_path / "out" / "checkpoint-10"
+    line = f"stopped on request at step 10. Last checkpoint: {newest}. Continue with:\n"
+    line += f"MASTER_PORT=1 bash train.sh --resume_from_checkpoint {newest}\n"
+    assert job.returncode == 75, output
+    assert (line if saved else "To go on, start the same command again with --auto_resume\n") in output, output

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from sft.messages import Refused
-from sft.training.environment import set_rendezvous_variables
+from sft.training import environment
 from sft.training.plan import parse_arguments
 
 BASE = ["--output_dir", "out", "--use_cpu"]
@@ -95,7 +95,7 @@ def test_refused_with_the_flag_and_what_was_found(argv, says):
 def test_a_deepspeed_file_that_does_not_parse(tmp_path):
     file = tmp_path / "ds.json"
     file.write_text('{"zero_optimization": ')
-    with pytest.raises(Refused, match="not valid JSON"):
+    with pytest.raises(Refused, match="ds.json: not a readable json object"):
         parse_arguments([*BASE, "--deepspeed", str(file)])
 
 
@@ -107,17 +107,50 @@ def test_a_config_file_that_is_none(tmp_path, text):
         parse_arguments([str(file)])
 
 
-@pytest.mark.parametrize(("tasks", "node", "local"), [("8(x2),4", 1, "8"), ("8(x2),4", 2, "4"), ("2", 0, "2")])
-def test_ranks_of_a_node_under_srun(tasks, node, local, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # put back at the end
-        monkeypatch.delenv(name)
-    slurm = {"STEP_NUM_TASKS": 20, "PROCID": 9, "LOCALID": 1, "STEP_TASKS_PER_NODE": tasks, "NODEID": node}
-    for name, value in slurm.items():
-        monkeypatch.setenv(f"SLURM_{name}", str(value))
-    monkeypatch.setenv("MASTER_ADDR", "first")
-    set_rendezvous_variables(deepspeed=False)
-    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]) == ("9", "20", local)
+@pytest.fixture
+def launched(monkeypatch):
+    """`launched(**variables)`: what a launcher sets, and nothing else of a job."""
+
+    def set_variables(**variables):
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        for name in (*names, "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+            monkeypatch.setenv(name, "")  # put back at the end
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_variables
+
+
+@pytest.mark.parametrize(("rank", "local", "expected"), [(9, 1, "8"), (17, 1, "4"), (0, 0, "8")])
+def test_ranks_of_a_node_under_srun(rank, local, expected, launched, monkeypatch):
+    """Of nodes with 8, 8 and 4 ranks."""
+    launched(SLURM_STEP_NUM_TASKS=20, SLURM_PROCID=rank, SLURM_LOCALID=local, MASTER_ADDR="first")
+    monkeypatch.setattr(environment, "from_all_ranks", lambda first: 8 * [0] + 8 * [8] + 4 * [16])
+    environment.set_rendezvous_variables(deepspeed=False)
+    environment.complete_variables()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == (str(rank), "20")
+    assert os.environ["LOCAL_WORLD_SIZE"] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "gloo"),
+    [
+        ({"NCCL_SOCKET_IFNAME": "eth0"}, "eth0"),
+        ({"NCCL_SOCKET_IFNAME": "eth0,lo"}, "eth0,lo"),
+        ({"NCCL_SOCKET_IFNAME": "eth"}, None),  # NCCL takes it for the beginning of a name
+        ({"NCCL_SOCKET_IFNAME": "^docker0"}, None),
+        ({"NCCL_SOCKET_IFNAME": "=eth0"}, None),
+        ({"NCCL_SOCKET_IFNAME": ""}, None),
+        ({"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "lo"}, "lo"),
+        ({}, None),
+    ],
+)
+def test_gloo_takes_the_interface_that_is_named_for_nccl(given, gloo, launched, monkeypatch):
+    monkeypatch.setattr(environment.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0"), (3, "docker0")])
+    launched(**given)
+    environment.complete_variables()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == gloo
 
 
 def test_transformers_still_starts_gloo_without_the_timeout():

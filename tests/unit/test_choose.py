@@ -11,7 +11,7 @@ import pytest
 
 from sft.messages import Refused
 from sft.training import choose
-from sft.training.choose import choose_checkpoint
+from sft.training.choose import choose_checkpoint, run_or_checkpoint
 from sft.training.manifest import MANIFEST, RUN, write_manifest
 from sft.training.output_dir import begin_output_dir, check_output_dir, is_finished
 
@@ -105,6 +105,39 @@ def test_of_an_earlier_release(run, capsys):
         of_an_earlier_release(run / f"checkpoint-{other}")
     with pytest.raises(Refused, match="checkpoint-2: was saved by an earlier release .*, name it"):
         choose_checkpoint({"auto_resume": True, "output_dir": str(run)})
+    assert (
+        choose_checkpoint({**given, "auto_resume": True, "output_dir": str(run), "resume_anyway": True}) == checkpoint
+    )
+    with pytest.raises(Refused, match="checkpoint-2: was saved by an earlier release .*, name it"):
+        choose_checkpoint({"resume_from_checkpoint": str(run)})
+
+
+def test_a_name_that_is_none(run):
+    """What there is beside it is said, and not that a file is missing in it."""
+    for name, why in {
+        "out/checkpoint-11": "no such directory",
+        "ou": "no such directory",
+        "out/runs": "not a check",
+    }.items():
+        (run / "runs").mkdir(exist_ok=True)
+        beside = "checkpoint-10, .*checkpoint-4" if name != "ou" else f"There are: {run}$"
+        for anyway in (False, True):
+            with pytest.raises(Refused, match=f"{name}: .*{why}.*{beside}"):
+                choose_checkpoint({"resume_from_checkpoint": str(run.parent / name), "resume_anyway": anyway})
+    with pytest.raises(Refused, match=f"{run.parent}: is not a checkpoint.*There are: {run}$"):
+        choose_checkpoint({"resume_from_checkpoint": str(run.parent)})
+    with pytest.raises(Refused, match="nowhere/at: no such directory$"):
+        choose_checkpoint({"resume_from_checkpoint": "nowhere/at"})
+
+
+def test_all_ranks_take_the_first_ones_newest_run(run, monkeypatch):
+    """Another has not seen it yet, or has another disk."""
+    monkeypatch.setattr(choose, "OUTPUT_ROOT", run.parent / "not yet")
+    assert run_or_checkpoint("", None, lambda found: found or str(run)) == run
+    monkeypatch.setattr(
+        choose, "from_all_ranks", lambda value: [str(run), value] if isinstance(value, str) else [value]
+    )
+    assert choose_checkpoint({"resume_from_checkpoint": ""}) == run / "checkpoint-10"
 
 
 def test_a_run_begins_in_the_place_of_torn_checkpoints(run, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -34,12 +35,12 @@ def gathered(path, ranks):
     """write_manifest of each rank, the saving one last, in this process."""
     owns = []
 
-    def gather(found, own):
+    def gather(own):
         owns.append(own)
-        found[:] = [*reversed(owns), *found[len(owns) :]]
+        return [*reversed(owns), *[{}] * (len(ranks) - len(owns))]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifest.torch.distributed, "all_gather_object", gather)
+        patch.setattr(manifest, "from_all_ranks", gather)
         for args in reversed(ranks):
             write_manifest(path, args)
 
@@ -134,16 +135,50 @@ def test_each_node_has_a_manifest_of_its_own_files(tmp_path, monkeypatch):
         ]  # fmt: skip
         found = []
 
-        def gather(gathered, own, first=first, found=found):
+        def gather(own, first=first, found=found):
             found.append(own)
-            gathered[first : first + len(found)] = list(reversed(found))
+            return [*[{}] * first, *reversed(found), *[{}] * (4 - first - len(found))]
 
-        monkeypatch.setattr(manifest.torch.distributed, "all_gather_object", gather)
+        monkeypatch.setattr(manifest, "from_all_ranks", gather)
         for args in reversed(nodes):
             write_manifest(path, args)
         there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} - {MANIFEST}
         assert set(json.loads((path / MANIFEST).read_text())["files"]) == there
         assert [find_fault(path, rank, 4, rank == first) for rank in (first, first + 1)] == [None, None]
+
+
+def test_a_file_on_another_disk_without_the_flag(tmp_path, monkeypatch):
+    path = make(tmp_path, 3, whole=False)
+    (path / "rng_state_1.pth").unlink()  # rank 1 has it on its own
+    monkeypatch.setattr(manifest, "SEEN_WITHIN", 0.01)
+    theirs = {"rng_state_1.pth": {"size": 5, "xxh3_128": "0"}}
+    monkeypatch.setattr(manifest, "from_all_ranks", lambda own: [own, theirs])
+    with pytest.raises(OSError, match="rng_state_1.pth, which another rank has saved: missing.*--save_on_each_node"):
+        write_manifest(path, arguments(world_size=2))
+    assert not is_whole(path)
+    # a file server that shows it a moment later
+    monkeypatch.setattr(manifest, "SEEN_WITHIN", 60)
+    monkeypatch.setattr(manifest.time, "sleep", lambda seconds: (path / "rng_state_1.pth").write_bytes(b"00000"))
+    write_manifest(path, arguments(world_size=2))
+    assert is_whole(path)
+
+
+def test_training_goes_on_while_a_checkpoint_is_hashed(tmp_path, monkeypatch):
+    old, new = make(tmp_path, 3), make(tmp_path, 6, whole=False)
+    hashing, go_on = threading.Event(), threading.Event()
+    entry_of = manifest.entry_of
+    monkeypatch.setattr(manifest, "entry_of", lambda *args: (hashing.set(), go_on.wait(), entry_of(*args))[-1])
+    rest = manifest.RestOfSave()
+    rest.wait()  # nothing was saved
+    rest.begin(new, arguments(), limit=1, best=None)
+    assert hashing.wait(60) and old.exists() and not is_whole(new)
+    go_on.set()
+    rest.wait()
+    assert is_whole(new) and not old.exists()
+    rest.begin(tmp_path / "checkpoint-9", arguments(), limit=1, best=None)  # gone meanwhile
+    with pytest.raises(FileNotFoundError):
+        rest.wait()
+    assert is_whole(new)
 
 
 # -------------------------------------------------------------------------------------------------------- rotation

@@ -40,6 +40,16 @@ def test_other_rows_are_refused_or_said(now, flags, says, capsys):
     assert says.rstrip(".") in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_what_is_given_otherwise_is_used(name, capsys):
+    """Refused before, but for --resume_anyway; the run's own value, given again, is not otherwise."""
+    record = {"processes": 4, "arguments": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}}
+    assert steps_for_ranks(record, values(resume_anyway=True), 2) == 6
+    capsys.readouterr()
+    assert steps_for_ranks(record, values(resume_anyway=True, **{name: 8}), 2) is None
+    assert capsys.readouterr().out == f"--resume_anyway: not exact: processes 2 (the run: 4): --{name} 8 as given\n"
+
+
 @pytest.mark.parametrize(
     ("rows", "before", "now", "says"),
     [

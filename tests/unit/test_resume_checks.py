@@ -1,16 +1,20 @@
 """What is looked at before a run goes on: its training state, its steps, its flags, the rate of its next step."""
 
+import contextlib
 import json
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sft.arguments import defaults
 from sft.messages import Refused
 from sft.training.go_on import follow_schedule, losses_so_far
 from sft.training.manifest import write_manifest
-from sft.training.plan import spelled, zero_of
+from sft.training.plan import go_on_with, refuse_another_run, spelled, zero_of
 from sft.training.resume import check_training_state, find_best, read_trainer_state, steps_left
 
 
@@ -177,12 +181,53 @@ def test_values_that_are_written_otherwise_are_the_same():
     assert spelled(["b", "a"]) == spelled(["a", "b"]) != spelled(["a"])
 
 
+def zero(stage=2, **more):
+    return {"zero_optimization": {"stage": stage, **more}}
+
+
 def test_a_deepspeed_file_is_its_stage_and_offload():
-    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5}
-    found = zero_of({"zero_optimization": zero, "steps_per_print": 1, "gradient_clipping": 1.0})
-    assert found == {"deepspeed": "ZeRO-3, offload to cpu and none", "deepspeed gradient_clipping": "1.0"}
-    assert zero_of({"zero_optimization": {"stage": 2}}) == {"deepspeed": "ZeRO-2"}
-    assert zero_of(None) == {"deepspeed": "none"}
+    found = zero_of({**zero(3, offload_optimizer={"device": "cpu"}), "gradient_clipping": 1.0})
+    assert found["deepspeed"] == "ZeRO-3, offload to cpu and none" and found["deepspeed gradient_clipping"] == 1.0
+    assert zero_of(zero(2))["deepspeed"] == "ZeRO-2" and zero_of(None) == {"deepspeed": "none"}
+
+
+@pytest.mark.parametrize(
+    ("config", "says", "fits"),
+    [
+        (zero(round_robin_gradients=True), "zero_optimization.round_robin_gradients True (the run: False)", False),
+        (zero(sub_group_size=100), "zero_optimization.sub_group_size 100 (the run: 1000000000)", False),
+        (zero() | {"optimizer": {"type": "Adam"}}, 'optimizer {"type": "Adam"} (the run: none)', False),
+        (zero(zero_quantized_weights=True), "zero_optimization.zero_quantized_weights True (the run: False)", True),
+        (zero(cpu_offload=True), "zero_optimization.cpu_offload True (the run: None)", False),
+        (zero() | {"gradient_clipping": 2}, "gradient_clipping 2 (the run: none)", True),
+        (zero(overlap_comm=True, stage3_prefetch_bucket_size=5, reduce_bucket_size="auto"), None, True),
+        (zero(sub_group_size=1e9, round_robin_gradients=False, offload_optimizer={"device": "none"}), None, True),
+        (zero() | {"wandb": {"enabled": True}, "steps_per_print": 1}, None, True),
+    ],
+)
+def test_another_deepspeed_file(config, says, fits, capsys):
+    """A key that decides is refused by name; where the optimizer's shards fit it, --resume_anyway goes on."""
+    run, given = {"deepspeed": zero()}, {"deepspeed": config, "resume_anyway": False}
+    with pytest.raises(Refused, match=re.escape(f"deepspeed {says}")) if says else contextlib.nullcontext() as refusal:
+        refuse_another_run(Path("checkpoint-1"), run, given)
+    assert says is None or ("--resume_anyway" in str(refusal.value)) == fits
+    with contextlib.nullcontext() if fits else pytest.raises(Refused, match=re.escape(f"deepspeed {says}")):
+        refuse_another_run(Path("checkpoint-1"), run, given | {"resume_anyway": True})
+    assert (f"deepspeed {says}" in capsys.readouterr().out) == bool(fits and says)
+
+
+def test_a_masked_value_is_never_used(capsys):
+    """Nor compared: one that decides must be given, others are taken as not given."""
+    known = defaults() | {"run_name": "http://me:***@host", "output_dir": "out", "optim_args": None}
+    given = {"resume_from_checkpoint": "out/checkpoint-1", "train_data_file": ["rows.jsonl"]}
+    assert go_on_with({"arguments": known}, given)["run_name"] is None
+    assert "does not record --run_name: taken as not given" in capsys.readouterr().out
+    with pytest.raises(Refused, match="does not record --optim_args, because it had a secret in it"):
+        go_on_with({"arguments": known | {"optim_args": "a=***"}}, given)
+    values = go_on_with({"arguments": known | {"optim_args": "a=***"}}, given | {"optim_args": "a=1"})
+    assert values["optim_args"] == "a=1"
+    with pytest.raises(Refused, match="does not record its run's rows"):
+        go_on_with({"arguments": known, "rows": {"files": ["***/rows.jsonl"]}}, given | {"train_data_file": None})
 
 
 def test_losses_of_a_checkpoint_without_their_sum():

@@ -34,7 +34,7 @@ RECIPE = [
     "0.01",
 ]
 VARIABLES = ("MODEL_PATH", "TOKENIZER_PATH", "TRAIN_DATA_FILE", "OUTPUT_DIR", "DS_CONFIG", "HOST_GPU_NUM")
-VARIABLES += ("NODE_IP_LIST", "IP_LIST", "CUDA_VISIBLE_DEVICES")
+VARIABLES += ("NODE_IP_LIST", "IP_LIST", "CUDA_VISIBLE_DEVICES", "STALL_TIMEOUT", "MAX_RESTARTS")
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def started(monkeypatch):
     def get(*flags, gpus=0, **variables):
         for name in (*VARIABLES, "GO_ON_WITH", "TQDM_MININTERVAL"):
             monkeypatch.setenv(name, "")  # put back at the end
-        for name, value in ({"STALL_TIMEOUT": "1800"} | variables).items():
+        for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
         ran = []
         monkeypatch.setattr(start, "number_of_gpus", lambda env: gpus)
@@ -62,7 +62,7 @@ def started(monkeypatch):
 
 def test_a_model_gets_the_recipe(started):
     values, words, choices = started(MODEL_PATH="/m/Hunyuan", TRAIN_DATA_FILE="r.jsonl")
-    assert values["learning_rate"] == 1e-5 and values["warmup_ratio"] == 0.01 and values["ddp_timeout"] == 1800
+    assert values["learning_rate"] == 1e-5 and values["warmup_ratio"] == 0.01
     assert "bf16" not in values, "on a CPU"
     assert values["deepspeed"] == "none" and values["output_dir"] == str(TRAIN / "output" / "Hunyuan")
     assert values["model_name_or_path"] == "/m/Hunyuan" and values["train_data_file"] == ["r.jsonl"]
@@ -145,10 +145,13 @@ def test_on_a_cpu_by_choice_a_run_goes_on_with_as_many_processes(started):
 def test_a_run_that_goes_on_gets_no_recipe(started, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "checkpoint-1")
-    words = started("--resume_from_checkpoint", tmp_path / "link", TRAIN_DATA_FILE="r", NET_IFNAME="eth 0")[1]
-    assert words[:6] == ["--train_data_file", "r", "--output_dir", str(tmp_path), "--ddp_timeout", "1800"]
+    given = {"TRAIN_DATA_FILE": "r", "NET_IFNAME": "eth 0", "STALL_TIMEOUT": 60, "MAX_RESTARTS": 3}
+    words = started("--resume_from_checkpoint", tmp_path / "link", **given)[1]
+    assert words[:6] == ["--train_data_file", "r", "--output_dir", str(tmp_path), "--ddp_timeout", "60"]
     assert words[6:] == ["--resume_from_checkpoint", str(tmp_path / "link")]
-    assert os.environ["GO_ON_WITH"] == "NET_IFNAME='eth 0' bash /x/train.sh"
+    assert os.environ["GO_ON_WITH"] == "NET_IFNAME='eth 0' STALL_TIMEOUT=60 MAX_RESTARTS=3 bash /x/train.sh"
+    started("--resume_from_checkpoint", tmp_path / "link", "--ddp_timeout", 90)
+    assert "STALL_TIMEOUT=90" in os.environ["GO_ON_WITH"], "the flag wins"
 
 
 def test_a_configuration_file_in_front(started, tmp_path):

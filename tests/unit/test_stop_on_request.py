@@ -1,13 +1,14 @@
 """On which step a run stops, by what the Trainer would do there."""
 
 import types
+from pathlib import Path
 
 import pytest
 from transformers import TrainerControl
 
 from sft import stopping
 from sft.nodes import agent
-from sft.training import stop_on_request
+from sft.training import go_on, stop_on_request
 
 
 class Work:
@@ -94,3 +95,34 @@ def test_no_answer_is_left_under_way(steps):
 )
 def test_which_rank_is_named(codes, rank):
     assert agent.first_failure(codes) == rank
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
+SAME = "To go on, start the same launcher again with:\n/a/train.py --resume_from_checkpoint 'o t/checkpoint-3'"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "env", "line"),
+    [
+        (1, {}, "Continue with:\npython /a/train.py --resume_from_checkpoint 'o t/checkpoint-3'"),
+        (2, TORCHRUN | {"LOCAL_WORLD_SIZE": "2"}, "Continue with:\ntorchrun --nproc_per_node 2 /a/train.py --resume_"),
+        (4, TORCHRUN | {"LOCAL_WORLD_SIZE": "2"}, SAME),  # two nodes
+        (2, {"LOCAL_WORLD_SIZE": "2"}, SAME),  # srun, deepspeed
+        (
+            4,
+            TORCHRUN | {"GO_ON_WITH": "A=1 bash train.sh"},
+            "Continue with:\nA=1 bash train.sh --resume_from_checkpoint",
+        ),
+    ],
+)
+def test_the_command_that_goes_on(ranks, env, line, monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "GO_ON_WITH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["/a/train.py", "--max_steps", "9"])
+    stopped = go_on.GoOn(None)
+    stopped.saved = [Path("o t/checkpoint-3"), Path("o t/checkpoint-6")]
+    monkeypatch.setattr(go_on, "is_whole", lambda checkpoint: checkpoint.name == "checkpoint-3")  # 6 is being written
+    said = stopped.how(types.SimpleNamespace(world_size=ranks, save_only_model=False))
+    assert said.startswith(f"Last checkpoint: o t/checkpoint-3. {line}"), said

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import transformers
 from transformers.integrations import get_available_reporting_integrations
 
-from sft.messages import Refused, choice, masked, note
+from sft.messages import Refused, choice, is_secret, masked, note
 
 
 def option(default: Any = None, text: str = "", factory: Any = None) -> Any:
@@ -133,9 +133,13 @@ class TrainingArguments(transformers.TrainingArguments):
     record = dict[str, Any]()  # what run.json says of the run; see training/record.py
 
     def __getstate__(self) -> dict:
-        """For training_args.bin: without secrets."""
-        kept = {name: value for name, value in vars(self).items() if name != "record" and not name.endswith("_token")}
-        return {name: masked(value) if isinstance(value, str) else value for name, value in kept.items()}
+        """For training_args.bin: without secrets, and what holds DeepSpeed's configuration once more."""
+        left_out = {"record", "hf_deepspeed_config", "deepspeed_plugin"}
+        return {k: masked(v) for k, v in vars(self).items() if k not in left_out and not is_secret(k)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For TensorBoard and the like: without secrets."""
+        return masked(super().to_dict())
 
     def __post_init__(self):
         super().__post_init__()

@@ -14,6 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+MASK = "***"
+IN_URLS = (  # what is before and after a secret
+    r"(://[^/\s:@]*:)[^/\s]+(@)",  # a password
+    r"(\b[\w.-]+:)[^/\s:@]+(@[\w\[])",  # the same, without http://
+    r"(https?://)[^/\s:@]+(@)",  # a token alone
+    r"(?i)([?&][\w-]*(?:token|key|secret|password|signature)=)[^&\s\"']+()",
+)
+given_secrets: set[str] = set()  # of flags
 REFUSAL_SECONDS = 10  # a refusal that rank 0 has not found after that is another rank's own
 OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # of train.sh
 
@@ -38,12 +46,28 @@ def note(message: str) -> None:
         print(masked(message), flush=True)
 
 
-def masked(text: str) -> str:
-    """A text without the secrets that it may quote: passwords in URLs, tokens and keys of the environment."""
-    names = re.compile(r"(?i).*_(token|key|secret|password)$")
-    for value in {value for name, value in os.environ.items() if len(value) > 7 and names.match(name)}:
-        text = text.replace(value, "***")
-    return re.sub(r"(://[^/\s:@]*:)[^/\s@]+@", r"\1***@", text)
+def is_secret(name: str) -> bool:
+    """Whether a variable or flag of this name holds a secret."""
+    return re.fullmatch(r"(.*_)?(token|key|secret|password|passwd)", name.lower()) is not None
+
+
+def masked(value: Any) -> Any:
+    """A text, or what json knows with texts in it, without secrets: passwords in URLs, tokens and keys of the
+    environment and of flags."""
+    if isinstance(value, dict):
+        return {key: masked(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [masked(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    of_environment = {secret for name, secret in os.environ.items() if is_secret(name)}
+    for secret in sorted(
+        filter(lambda secret: len(secret) > 7, of_environment | given_secrets), key=len, reverse=True
+    ):
+        value = value.replace(secret, MASK)
+    for pattern in IN_URLS:
+        value = re.sub(pattern, rf"\1{MASK}\2", value)
+    return value
 
 
 def end_by_ctrl_c() -> NoReturn:
@@ -59,11 +83,11 @@ def first_few(items: list[str]) -> str:
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
-def print_although_full() -> None:
-    """Let what is printed be lost, and the run go on, where it goes to a file whose disk is full or has failed."""
-    for stream in (sys.stdout, sys.stderr):
-        for name in ("write", "flush"):
-            setattr(stream, name, losing_output(getattr(stream, name)))
+def guard(stream: Any) -> None:
+    """Let a stream show no secret, whoever writes, and let what is printed be lost, and the run go on, where it goes
+    to a file whose disk is full or has failed."""
+    write, flush = losing_output(stream.write), losing_output(stream.flush)
+    stream.write, stream.flush = lambda text: write(masked(text)), flush
 
 
 def losing_output(method: Callable) -> Callable:
@@ -100,6 +124,7 @@ def run_script(
         leave: ends the process with an exit code.
     """
     code = 0
+    guard(sys.stderr)
     try:
         main()
     except Refused as refusal:
@@ -129,7 +154,7 @@ def report_refusal(refusal: Refused) -> None:
 def read_json(path: Path) -> dict:
     """The object in a json file; refuses one that is missing or damaged."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise Refused(f"{path}: not a readable json object: {error}") from None
 

@@ -17,7 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from sft.arguments import GROUPS, DataArguments, ModelArguments, TrainingArguments, settable
-from sft.messages import Refused
+from sft.messages import Refused, given_secrets, is_secret
 
 # Flags of older scripts that nothing reads, and why.
 NO_EFFECT = {
@@ -64,7 +64,9 @@ def parse_flags(argv: list[str]) -> dict[str, Any]:
         flag = unknown[0].split("=")[0]
         near = difflib.get_close_matches(flag, known, n=1)
         raise Refused(f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else ""))
-    return vars(namespace)
+    values = vars(namespace)
+    given_secrets.update(value for name, value in values.items() if is_secret(name) and value)
+    return values
 
 
 def with_config_file(argv: list[str]) -> list[str]:

@@ -36,6 +36,12 @@ def write_step(lock: int, step: int) -> None:
         os.pwrite(lock, f"{os.environ.get(STARTED)} {step:9}\n".encode(), 0)
 
 
+def forget_step(output_dir: Path | str) -> None:
+    """Let this job, which is started again in a directory, have made no step there."""
+    with contextlib.suppress(OSError), open(Path(output_dir, LOCK), "r+b") as lock:
+        write_step(lock.fileno(), 0)
+
+
 def step_made(output_dir: Path | str | None) -> int | None:
     """The last step that this job has made in a directory, or 0; None where its training has not begun there."""
     with contextlib.suppress(OSError, ValueError, TypeError):

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     name_job()
 
 from sft.arguments import check_values, defaults
-from sft.messages import Refused, report_refusal, run_script
+from sft.messages import Refused, guard, report_refusal, run_script
 from sft.nodes.examine import number_of_gpus
 from sft.nodes.launch import launch
 from sft.nodes.preflight import number_from, read_nodes, visit
@@ -51,7 +51,7 @@ EXCLUDES = {"warmup_steps": "warmup_ratio", "warmup_ratio": "warmup_steps", "num
 # What a run that goes on is started with again.
 WHERE = (
     "HOST_GPU_NUM", "CUDA_VISIBLE_DEVICES", "NODE_IP_LIST", "IP_LIST", "LOCAL_IP", "SSH_PORT", "MASTER_PORT",
-    "NET_IFNAME", "FORWARD",
+    "NET_IFNAME", "FORWARD", "STALL_TIMEOUT", "MAX_RESTARTS",
 )  # fmt: skip
 
 
@@ -232,7 +232,8 @@ def main(argv: list[str]) -> None:
     given = parse_flags(flags)
     job = Job(given, read_variables(given))
     gpus = choose_machine(job)
-    go_on = {name: os.environ[name] for name in WHERE if os.environ.get(name)}
+    env = os.environ | {"STALL_TIMEOUT": job.variables["STALL_TIMEOUT"]}  # or its flag
+    go_on = {name: env[name] for name in WHERE if env.get(name)}
     if given.get("use_cpu"):  # the run's, and then again as many processes
         go_on["HOST_GPU_NUM"] = job.variables["HOST_GPU_NUM"]
     words = [f"{name}={shlex.quote(value)}" for name, value in go_on.items()]
@@ -260,4 +261,5 @@ def exit_past_threads(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    guard(sys.stdout)
     run_script(lambda: main(sys.argv[1:]), leave=exit_past_threads)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from sft.messages import masked
 from sft.processes import name_job
 
 EXIT_STOPPED = 75
@@ -34,7 +35,7 @@ requested = threading.Event()  # this process is asked to stop
 def write_line(text: str) -> None:
     """Write a line to stderr, from any thread and from a signal handler: past Python's buffers and their locks."""
     with contextlib.suppress(OSError):  # a terminal that is gone
-        os.write(2, f"\n{text}\n".encode())  # a progress bar may be unfinished
+        os.write(2, f"\n{masked(text)}\n".encode())  # a progress bar may be unfinished
 
 
 # ------------------------------------------------------------------------------------------------ before the ranks

@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import re
+import shlex
 import signal
 import subprocess
 import threading
@@ -24,15 +25,8 @@ from sft.messages import Refused
 from sft.nodes.agent import AGAIN_SECONDS, KILL_SECONDS, SILENCE_SECONDS, run
 from sft.nodes.preflight import examine, number_from, read_nodes
 from sft.nodes.ssh import Node
-from sft.processes import free_port, step_made
-from sft.stopping import (
-    BEFORE_THE_FIRST_STEP,
-    EXIT_STOPPED,
-    SIGNALS,
-    end_at_signals,
-    not_ignored,
-    write_line,
-)
+from sft.processes import forget_step, free_port, step_made
+from sft.stopping import BEFORE_THE_FIRST_STEP, EXIT_STOPPED, SIGNALS, end_at_signals, not_ignored, write_line
 
 FORWARDED = (
     "NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_", "CUDA_", "DS_", "WANDB_", "PYTORCH_", "TRANSFORMERS_", "TQDM_",
@@ -43,6 +37,7 @@ SEARCHED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")  # what a container sets is
 BEAT_SECONDS = 2
 RESTART_SECONDS = 5  # until a job that failed is started again
 LOST_NODE_SECONDS = SILENCE_SECONDS + 2 * KILL_SECONDS  # the same, where a node may still be ending its ranks
+NOT_READY_SECONDS = 120  # the same, where the nodes were not ready: one that reboots takes minutes
 GO_ON_LATER = "stopped on request. To go on, start the same command again with --auto_resume"
 GRACE_SECONDS = 3  # for the other nodes' processes to end by themselves, once one has failed
 
@@ -78,17 +73,24 @@ def launch(command: list[str], given: dict[str, Any], log: Path | None) -> int:
         log: where train.sh writes; the other nodes get files like it, with their address in the name.
     """
     most, restarts, furthest = number_from(dict(os.environ), "MAX_RESTARTS", lowest=0) or 0, 0, -1
-    words = BEFORE_THE_FIRST_STEP
+    failure, words, output = None, BEFORE_THE_FIRST_STEP, str(given.get("output_dir"))
     while True:
-        failure, signalled = run_once(command, given, log)
+        refused = ""
+        try:
+            failure, signalled = run_once(command, given, log)
+        except Refused as refusal:
+            if failure is None:  # of the first start
+                raise
+            refused = f"restart {restarts} was refused: {' '.join(str(refusal).split())}"
+            failure, signalled = Failure(failure.code, refused), False
         if failure is None:
             return 0
-        step = step_made(given.get("output_dir"))
+        step = step_made(output)
         if failure.code == EXIT_STOPPED and not step:
             write_line(words)
         if failure.code in (2, 3, EXIT_STOPPED):  # of these the training has told
             return failure.code
-        stuck = restarts > 0 and (step or 0) <= furthest
+        stuck = restarts > 0 and not refused and (step or 0) <= furthest
         if signalled or stuck or restarts == most:
             why = "asked to stop; " if signalled else f"restart {restarts} made no new step; " if stuck else ""
             with contextlib.suppress(OSError):
@@ -96,12 +98,24 @@ def launch(command: list[str], given: dict[str, Any], log: Path | None) -> int:
             return failure.code
         restarts, furthest, how = restarts + 1, max(furthest, step or 0), "beginning again"
         if step is not None:  # else what is in the output directory is of an earlier run
-            how, words = "going on from the newest whole checkpoint", GO_ON_LATER
+            how, words = "going on from the newest whole checkpoint", words_at_a_stop(Path(output))
+            forget_step(output)
             if not given.get("auto_resume"):
                 command, given = [*command, "--auto_resume", "True"], given | {"auto_resume": True}
         print(f"\nrestart {restarts} of {most}: {failure.what}; {how}", flush=True)
         end_at_signals(words)
-        time.sleep(LOST_NODE_SECONDS if failure.weight == 2 else RESTART_SECONDS)
+        time.sleep(NOT_READY_SECONDS if refused else LOST_NODE_SECONDS if failure.weight == 2 else RESTART_SECONDS)
+
+
+def words_at_a_stop(output: Path) -> str:
+    """What one is told who stops a job that is started again, before it has made a new step."""
+    saved = [path.parent.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*/manifest.json")]
+    step = max((int(name) for name in saved if name.isdigit()), default=None)
+    if step is None:
+        return GO_ON_LATER
+    newest, begin = output / f"checkpoint-{step}", os.environ.get("GO_ON_WITH", "bash train.sh")
+    command = f"{begin} --resume_from_checkpoint {shlex.quote(str(newest))}"
+    return f"stopped on request at step {step}. Last checkpoint: {newest}. Continue with:\n{command}"
 
 
 def run_once(command: list[str], given: dict[str, Any], log: Path | None) -> tuple[Failure | None, bool]:
@@ -165,7 +179,8 @@ def prepare(nodes: list[Node], command: list[str], port: int, given: dict[str, A
     if each is None and not shared:
         print("save_on_each_node = True (the nodes' output directories are separate)", flush=True)
         return [*command, "--save_on_each_node", "True"]
-    if each is None and given.get("resume_from_checkpoint") is not None:  # a run that may have been on separate disks
+    goes_on = given.get("resume_from_checkpoint") is not None or given.get("auto_resume")
+    if each is None and goes_on:  # a run that may have been on separate disks
         return [*command, "--save_on_each_node", "False"]
     return command
 

@@ -102,7 +102,7 @@ def why_not_saved(place: Path, size: int, error: Exception) -> str | None:
         full, limited = free < size - written, resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
         number = errno.ENOSPC if full else errno.EFBIG if limited else errno.EIO
     if number is None:
-        return None
+        return f"failed: {error}" if isinstance(error, OSError) else None
     why = os.strerror(number)
     if number == errno.ENOENT:
         why = "the directory was replaced" if output.exists() else "the directory is gone"

@@ -7,8 +7,8 @@ import functools
 import glob
 import json
 import os
-import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch.distributed.distributed_c10d import _get_default_store
 
-from sft.messages import Refused, choice
+from sft.messages import Refused, choice, read_json
 from sft.processes import free_port
 from sft.stopping import EXIT_STOPPED, end_children
 
@@ -35,6 +35,7 @@ def prepare(values: dict[str, Any]) -> None:
     if values["deepspeed"] is not None:
         values["deepspeed"] = read_deepspeed_file(values["deepspeed"])
     set_rendezvous_variables(bool(values["deepspeed"]))
+    complete_variables()
     choose_device(values)
     if values["deepspeed"]:
         build_one_at_a_time()
@@ -80,16 +81,13 @@ def read_deepspeed_file(name: str | dict) -> dict | None:
     if path is None:
         offered = ", ".join(sorted(p.name for p in TRAIN.glob("ds_*.json")))
         raise Refused(f"--deepspeed {name}: no such file, here or in {TRAIN} (which has {offered})")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Refused(f"--deepspeed {path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise Refused(f"--deepspeed {path}: must hold a JSON object")
+    config = read_json(path)
     scale = config.get("fp16", {}).get("min_loss_scale", 1) if isinstance(config.get("fp16", {}), dict) else None
     if not isinstance(scale, int) or not isinstance(config.get("zero_optimization", {}), dict):
         what = "fp16.min_loss_scale must be an integer, e.g. 1" if not isinstance(scale, int) else "zero_optimization"
         raise Refused(f"--deepspeed {path}: {what}: today's DeepSpeed does not take it as it stands")
+    if isinstance(config.get("comet"), dict) and (key := config["comet"].pop("api_key", None)):
+        os.environ["COMET_API_KEY"] = key  # in the configuration DeepSpeed would save it with each checkpoint
     return config
 
 
@@ -147,23 +145,17 @@ def ranks_of_this_disk(args: transformers.TrainingArguments) -> range:
     if not args.save_on_each_node:
         return range(args.world_size)
     first = args.process_index - args.local_process_index
-    return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE") or args.world_size))
+    return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def set_rendezvous_variables(deepspeed: bool) -> None:
     """Set the rendezvous variables where the launcher did not: under srun from Slurm's own, else, for DeepSpeed, a
-    world of one. DeepSpeed otherwise looks for MPI.
-    """
+    world of one. DeepSpeed otherwise looks for MPI."""
     if "RANK" in os.environ:
         return
-    slurm_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if slurm_tasks > 1:
-        os.environ.update(RANK=os.environ["SLURM_PROCID"], LOCAL_RANK=os.environ["SLURM_LOCALID"])
-        os.environ.update(WORLD_SIZE=str(slurm_tasks))
-        per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # as in 8(x2),4
-        numbers = [n for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node) for _ in range(int(times or 1))]
-        if numbers:
-            os.environ["LOCAL_WORLD_SIZE"] = numbers[int(os.environ.get("SLURM_NODEID", 0))]
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "STEP_NUM_TASKS"}
+        os.environ.update({name: os.environ[f"SLURM_{theirs}"] for name, theirs in names.items()})
         if os.environ.get("SLURM_STEP_NUM_NODES") == "1":
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_ADDR" not in os.environ:
@@ -172,6 +164,17 @@ def set_rendezvous_variables(deepspeed: bool) -> None:
     elif deepspeed:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())
+
+
+def complete_variables() -> None:
+    """Set what of several processes only torchrun and train.sh set: how many a node has, and gloo's interface, which
+    is NCCL's where that is named in full. All ranks must call."""
+    if "RANK" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
+        first = int(os.environ["RANK"]) - int(os.environ.get("LOCAL_RANK", 0))  # of the ranks of this node
+        os.environ["LOCAL_WORLD_SIZE"] = str(from_all_ranks(first).count(first))
+    interfaces = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if {*interfaces.split(",")} <= {name for _, name in socket.if_nameindex()}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interfaces)
 
 
 def init_gloo(seconds: int, backend: str) -> None:
@@ -189,8 +192,7 @@ def use_built_arguments(training: transformers.TrainingArguments) -> None:
 
         deepspeed.init_distributed("gloo")
     if training._n_gpu > 1:  # nn.DataParallel would split the batch's one-dimensional tensors
-        why = "plain python runs one process; torchrun or train.sh uses all"
-        choice("GPUs used", f"1 of {training._n_gpu}", why)
+        choice("GPUs used", f"1 of {training._n_gpu}", "plain python runs one process; torchrun or train.sh uses all")
         training._n_gpu = 1
 
 
@@ -283,11 +285,9 @@ def end_for_another(store: torch.distributed.Store) -> NoReturn:
 
 
 def exit_all_ranks(code: int) -> NoReturn:
-    """End the process; of several ranks past the interpreter's own shutdown, after what is registered with atexit.
-
-    There torch 2.13 sometimes aborts after a gloo job is done ("terminate called without an active exception"), which
-    would turn any exit code into a failure. Goes with the release that does not.
-    """
+    """End the process; of several ranks past the interpreter's own shutdown, after what is registered with atexit:
+    there torch 2.13 sometimes aborts after a gloo job ("terminate called without an active exception"), which would
+    make a failure of any exit code. Goes with the release that does not."""
     end_children()
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         atexit._run_exitfuncs()

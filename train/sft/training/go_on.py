@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from sft.messages import choice
 from sft.stopping import NOTHING_SAVED
+from sft.training.manifest import is_whole
 from sft.training.output_dir import keep_step
 
 
@@ -49,8 +50,7 @@ class GoOn(TrainerCallback, ExportableState):
     def __init__(self, trainer: transformers.Trainer, best: Path | None = None):
         self.trainer = trainer
         self.best = best  # the best checkpoint before this process
-        self.saved = ""  # the last checkpoint of this process
-        trainer.args.restore_callback_states_from_checkpoint = False  # done below; the Trainer builds callbacks anew
+        self.saved: list[Path] = []  # checkpoints of this process
         if best:  # the Trainer looks where it was saved, and says that it is gone
             logger = logging.getLogger("transformers.trainer")
             logger.addFilter(lambda record: "does not exist anymore" not in record.getMessage())
@@ -93,16 +93,21 @@ class GoOn(TrainerCallback, ExportableState):
         state.stateful_callbacks |= {name: callback.state() for name, callback in self.stateful()}
 
     def on_save(self, args, state, control, **kwargs):
-        self.saved = str(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        self.saved.append(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def how(self, args: TrainingArguments) -> str:
         """What was saved last, and the command that goes on from it: train.sh where that has started us."""
-        if not self.saved:
+        saved = next(filter(is_whole, reversed(self.saved)), None)  # the last one may not be whole yet
+        if saved is None:
             return NOTHING_SAVED
         if args.save_only_model:
-            return f"Last checkpoint: {self.saved}, without optimizer state (--save_only_model)"
-        ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        launcher = "python" if args.world_size == 1 else f"torchrun --nproc_per_node {ranks}"
-        begin = os.environ.get("GO_ON_WITH") or f"{launcher} {shlex.quote(sys.argv[0])}"
-        command = f"{begin} --resume_from_checkpoint {shlex.quote(self.saved)}"
-        return f"Last checkpoint: {self.saved}. Continue with:\n{command}"
+            return f"Last checkpoint: {saved}, without optimizer state (--save_only_model)"
+        script, begin = shlex.quote(sys.argv[0]), os.environ.get("GO_ON_WITH")
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(args.world_size)
+        if not begin and args.world_size == 1:
+            begin = f"python {script}"
+        elif not begin and one_node and "TORCHELASTIC_RUN_ID" in os.environ:
+            begin = f"torchrun --nproc_per_node {args.world_size} {script}"
+        how = "Continue with:" if begin else "To go on, start the same launcher again with:"
+        command = f"{begin or script} --resume_from_checkpoint {shlex.quote(str(saved))}"
+        return f"Last checkpoint: {saved}. {how}\n{command}"

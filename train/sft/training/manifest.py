@@ -5,27 +5,32 @@ manifest.json: {"step": N, "world_size": W, "save_on_each_node": bool, "files": 
 ("xxh3_128_sample"); with --verify_checkpoints the whole file as well.
 """
 
+import atexit
+import concurrent.futures
 import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from xxhash import xxh3_128
 
 from sft.arguments import TrainingArguments
 from sft.messages import note
-from sft.training.environment import ranks_of_this_disk
+from sft.training.environment import from_all_ranks, ranks_of_this_disk
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
 SAMPLED_ABOVE = 1 << 30  # bytes
 BLOCK, BLOCKS = 1 << 20, 256  # a sample: bytes of each block, number of blocks
+AT_ONCE = 4  # files that a rank hashes at the same time
+SEEN_WITHIN = 60  # seconds, of a file that another node has written on a shared disk
 
 
 def checkpoints_in(output: Path) -> list[Path]:
@@ -43,22 +48,56 @@ def step_of(checkpoint: Path) -> int:
 # --------------------------------------------------------------------------------------------------------- writing
 
 
+class RestOfSave:
+    """What makes a checkpoint whole, in a thread while training goes on: its manifest, and then the deletion of old
+    checkpoints. A process that ends waits for it, a minute at most."""
+
+    def __init__(self) -> None:
+        self.checkpoint = Path()
+        self.work: Future[None] = Future()
+        self.work.set_result(None)
+        atexit.register(lambda: concurrent.futures.wait([self.work], timeout=60))
+
+    def begin(self, checkpoint: Path, args: TrainingArguments, limit: int | None, best: str | None) -> None:
+        """Begin it on this rank. All ranks must call, after the save; see rotate()."""
+        self.checkpoint, self.work = checkpoint, Future()
+        threading.Thread(target=self.complete, args=(args, limit, best), daemon=True).start()
+
+    def complete(self, args: TrainingArguments, limit: int | None, best: str | None) -> None:
+        """The work itself."""
+        try:
+            write_manifest(self.checkpoint, args)
+            if args.should_save:
+                rotate(self.checkpoint.parent, limit, best, step_of(self.checkpoint))
+            self.work.set_result(None)
+        except Exception as error:
+            self.work.set_exception(error)
+
+    def wait(self) -> None:
+        """Wait for it, and raise what it has raised."""
+        self.work.result()
+
+
 def write_manifest(checkpoint: Path, args: TrainingArguments) -> None:
     """Make a checkpoint whole: hash every file and rename the manifest in. All ranks must call, after the save: each
-    hashes the files that it has just written, from the page cache."""
+    hashes the files that it has just written, from the page cache. Raises OSError where the saving rank does not see
+    another's files."""
     rank, disk = args.process_index, ranks_of_this_disk(args)
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     owners = {path: rank_in(path.name) for path in paths}
     mine = [path for path in paths if owners[path] == rank or args.should_save and owners[path] not in disk]
-    with ThreadPoolExecutor() as pool:  # reading and hashing release the GIL
+    with ThreadPoolExecutor(AT_ONCE) as pool:  # reading and hashing release the GIL
         entries = pool.map(entry_of, mine, [args.verify_checkpoints] * len(mine))
         own = {path.relative_to(checkpoint).as_posix(): entry for path, entry in zip(mine, entries)}
-    ranks = [own]
-    if args.world_size > 1:
-        ranks = [{}] * args.world_size
-        torch.distributed.all_gather_object(ranks, own)
+    ranks = from_all_ranks(own)
     if args.should_save:
         files = {name: entry for theirs in ranks[disk.start : disk.stop] for name, entry in theirs.items()}
+        deadline = time.monotonic() + SEEN_WITHIN
+        while fault := wrong_size(checkpoint, files):
+            if time.monotonic() > deadline:
+                advice = "Where each machine has a disk of its own, give --save_on_each_node"
+                raise OSError(f"{checkpoint}: {fault[0]}, which another rank has saved: {fault[1]}. {advice}")
+            time.sleep(1)
         content = {"step": step_of(checkpoint), "world_size": args.world_size}
         content |= {"save_on_each_node": args.save_on_each_node, "files": files}
         aside = checkpoint / f"{MANIFEST}.tmp"
@@ -134,16 +173,20 @@ def find_fault(
         return fault
     if verify and any("xxh3_128" not in files[name] for name in own):
         note(f"{checkpoint}: was saved without --verify_checkpoints: of its largest files only a sample is checked")
-    for name in own:
-        entry = files[name]
-        sampled = "xxh3_128_sample" in entry
-        try:
-            now = hashes(checkpoint / name, sampled, whole="xxh3_128" in entry and (verify or not sampled))
-        except OSError:  # a bad sector
-            return name, "content"
-        if not now.items() <= entry.items():
-            return name, "content"
-    return None
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        same = pool.map(lambda name: has_hashes(checkpoint / name, files[name], verify), own)
+        return next(((name, "content") for name, is_same in zip(own, same) if not is_same), None)
+
+
+def has_hashes(path: Path, entry: dict[str, Any], verify: bool) -> bool:
+    """Whether a file's content is what its entry says. Of one that was sampled only the sample is read, if not all of
+    it is to be verified."""
+    sampled = "xxh3_128_sample" in entry
+    try:
+        now = hashes(path, sampled, whole="xxh3_128" in entry and (verify or not sampled))
+    except OSError:  # a bad sector
+        return False
+    return now.items() <= entry.items()
 
 
 def wrong_size(checkpoint: Path, files: dict[str, dict[str, Any]]) -> tuple[str, str] | None:

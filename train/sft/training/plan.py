@@ -10,28 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    build,
-    check_values,
-    choose_evaluation,
-    defaults,
-    set_lowest_rate,
-    use_todays_names,
-)
-from sft.messages import Refused, choice, note
+from sft import arguments
+from sft.arguments import DataArguments, ModelArguments, TrainingArguments, defaults
+from sft.messages import MASK, Refused, choice, note
 from sft.parser import NO_EFFECT, parse_flags
+from sft.training import environment, fields
 from sft.training.choose import choose_checkpoint
-from sft.training.environment import (
-    number_of_processes,
-    prepare,
-    read_deepspeed_file,
-    set_rendezvous_variables,
-    use_built_arguments,
-)
-from sft.training.fields import BY_CONTENT, FIXED, FIXED_BY_DEEPSPEED, MAY_CHANGE, NO_EFFECT_ON_RUN
 from sft.training.record import new_record, read_record
 from sft.training.reshard import steps_for_ranks
 from sft.training.resume import read_trainer_state
@@ -52,7 +36,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     for name in NO_EFFECT.keys() & given.keys():
         note(f"--{name}: no effect: {NO_EFFECT[name]}")
         del given[name]
-    set_rendezvous_variables(deepspeed=False)
+    environment.set_rendezvous_variables(deepspeed=False)
     checkpoint, earlier = choose_checkpoint(given), {}
     given.pop("resume_from_checkpoint", None)
     values = defaults() | given
@@ -63,16 +47,16 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         values = go_on_with(earlier, given)
     chosen, steps = dict(values), None
     if checkpoint:
-        steps = steps_for_ranks(earlier, values, number_of_processes())
+        steps = steps_for_ranks(earlier, values, environment.number_of_processes())
         chosen["gradient_accumulation_steps"] = steps or values["gradient_accumulation_steps"]
-    check_values(chosen)
-    choose_evaluation(chosen)
-    use_todays_names(chosen)
+    arguments.check_values(chosen)
+    arguments.choose_evaluation(chosen)
+    arguments.use_todays_names(chosen)
     with refusing():
-        set_lowest_rate(chosen)
-        prepare(chosen)
-        model, data, training = build(chosen)
-        use_built_arguments(training)
+        arguments.set_lowest_rate(chosen)
+        environment.prepare(chosen)
+        model, data, training = arguments.build(chosen)
+        environment.use_built_arguments(training)
     model.given = frozenset(given)
     training.record = earlier | new_record(values, training)
     if steps:  # the run's stay: it may go on with other numbers again
@@ -100,22 +84,25 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     Refuses, in one message with both values, what is given and would make it another run; with --resume_anyway a line
     says what differs, and only what the checkpoint does not fit is refused.
     """
-    checkpoint, plan = Path(given["resume_from_checkpoint"]), earlier["arguments"]
-    unknown = [f"--{name}" for name in (*MUST_BE_KNOWN, *NOT_KNOWN) if name not in plan and name not in given]
-    needed = [flag for flag in unknown if flag[2:] in MUST_BE_KNOWN]
+    checkpoint, values = Path(given["resume_from_checkpoint"]), defaults()
+    plan = {name: value for name, value in earlier["arguments"].items() if MASK not in str(value)}
+    secret = earlier["arguments"].keys() - plan.keys()
+    names = dict.fromkeys((*MUST_BE_KNOWN, *NOT_KNOWN, *sorted(secret & values.keys())))
+    unknown = [f"--{name}" for name in names if name not in plan and name not in given]
+    needed = [flag for flag in unknown if flag[2:] in {*MUST_BE_KNOWN, *secret.intersection(fields.DECIDES)}]
     if needed:
+        why = "it had a secret in it" if secret else "an earlier release or another program saved it"
         raise Refused(
-            f"--resume_from_checkpoint {checkpoint}: was saved by an earlier release or another program and does not "
-            f"record {', '.join(needed)}. Give the values that its run had"
+            f"--resume_from_checkpoint {checkpoint}: does not record {', '.join(needed)}, because {why}. Give the "
+            "values that its run had"
         )
     if unknown:
         note(f"{checkpoint} does not record {', '.join(unknown)}: taken as not given")
-    ranks, same = number_of_processes(), "gradient_accumulation_steps"
+    ranks, same = environment.number_of_processes(), "gradient_accumulation_steps"
     if given.get(same, 0) * ranks == plan.get(same, 1) * earlier.get("processes", ranks):  # the same rows a step
         given = {name: value for name, value in given.items() if name != same}
-    refuse_another_run(checkpoint, earlier, given)
-    values = defaults()
-    own = {*NO_EFFECT_ON_RUN, *BY_CONTENT}
+    refuse_another_run(checkpoint, plan, given)
+    own = {*fields.NO_EFFECT_ON_RUN, *fields.BY_CONTENT}
     kept = {name: value for name, value in plan.items() if name in values and name not in own}
     for flag, winner in (("num_train_epochs", "max_steps"), ("gradient_checkpointing", "activation_checkpointing")):
         if flag in given:  # the run's would win over it
@@ -123,7 +110,7 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     values |= kept | given
     if not values["train_data_file"]:
         values["train_data_file"] = earlier.get("rows", {}).get("files")
-        if not values["train_data_file"]:
+        if not values["train_data_file"] or MASK in str(values["train_data_file"]):
             raise Refused(f"--train_data_file is not given, and {checkpoint} does not record its run's rows")
         choice("train_data_file", " ".join(values["train_data_file"]), "the run's rows")
     if values["output_dir"] is None:
@@ -132,19 +119,19 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     return values
 
 
-def refuse_another_run(checkpoint: Path, earlier: dict[str, Any], given: dict[str, Any]) -> None:
+def refuse_another_run(checkpoint: Path, plan: dict[str, Any], given: dict[str, Any]) -> None:
     """Refuse flags that differ from the earlier run's and decide what is computed."""
-    known = dict(earlier["arguments"])
-    own = {*MAY_CHANGE, *NO_EFFECT_ON_RUN, *BY_CONTENT}
+    known = dict(plan)
+    own = {*fields.MAY_CHANGE, *fields.NO_EFFECT_ON_RUN, *fields.BY_CONTENT}
     asked = {name: value for name, value in given.items() if name not in own}
-    fixed = set(FIXED)
+    fixed = set(fields.FIXED)
     if "deepspeed" in asked:
-        now, then = zero_of(read_deepspeed_file(asked.pop("deepspeed"))), zero_of(known.get("deepspeed"))
-        for part in {"deepspeed"} if now["deepspeed"] != then["deepspeed"] else now.keys() | then.keys():
+        now, then = zero_of(environment.read_deepspeed_file(asked.pop("deepspeed"))), zero_of(known.get("deepspeed"))
+        for part in {"deepspeed"} if now["deepspeed"] != then["deepspeed"] else sorted(now.keys() | then.keys()):
             asked[part], known[part] = now.get(part, "none"), then.get(part, "none")
-            fixed.add(part)
+        fixed |= {f"deepspeed {part}" for part in fields.DEEPSPEED_FIXED}
     if known.get("deepspeed"):
-        fixed |= {*FIXED_BY_DEEPSPEED}
+        fixed |= {*fields.FIXED_BY_DEEPSPEED}
     flags, differ = defaults(), {}
     for name, value in asked.items():
         if name in known and spelled(value) != spelled(known[name]):
@@ -168,16 +155,21 @@ def spelled(value: Any) -> str:
     """A flag's value as text: 0 and 0.0 are one, and the order in a list does not matter."""
     if isinstance(value, list):
         return " ".join(sorted(map(str, value)))
+    if isinstance(value, dict):
+        return json.dumps(value, sort_keys=True)
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
-def zero_of(config: dict | None) -> dict[str, str]:
-    """What of a DeepSpeed configuration is a run's: its stage and offload as `deepspeed`, and its other parts, without
-    sizes and reports."""
+def zero_of(config: dict | None) -> dict[str, Any]:
+    """What of a DeepSpeed configuration is a run's: its stage and offload as `deepspeed`, and each other part that can
+    change what is computed. A key that is left out has its default."""
     if config is None:
         return {"deepspeed": "none"}
-    zero = config.get("zero_optimization", {})
-    places = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
+    zero = {k.removeprefix("stage3_"): v for k, v in config.get("zero_optimization", {}).items() if v != "auto"}
+    offload = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
+    places = [part.get("device", "none") for part in offload]
     stage = f"ZeRO-{zero.get('stage', 0)}" + f", offload to {' and '.join(places)}" * (set(places) != {"none"})
-    others = sorted(config.keys() - {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "aio"})
-    return {"deepspeed": stage} | {f"deepspeed {key}": json.dumps(config[key], sort_keys=True) for key in others}
+    zero |= offload[0]
+    parts = {key: value for key, value in config.items() if key not in fields.DEEPSPEED_MAY_CHANGE}
+    parts |= {f"zero_optimization.{key}": zero.get(key, default) for key, default in fields.ZERO_DECIDES.items()}
+    return {"deepspeed": stage} | {f"deepspeed {key}": value for key, value in parts.items()}

@@ -15,7 +15,7 @@ import xxhash
 from sft.arguments import TrainingArguments
 from sft.data.examples import Examples
 from sft.data.tokenized import tokenizer_digest
-from sft.messages import Refused, note, read_json
+from sft.messages import Refused, masked, note, read_json
 from sft.model.directory import ModelDirectory
 from sft.training.environment import read_deepspeed_file
 from sft.training.fields import BY_CONTENT, NO_EFFECT_ON_RUN
@@ -25,14 +25,15 @@ LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokeni
 
 
 def new_record(values: dict[str, Any], training: TrainingArguments) -> dict[str, Any]:
-    """What run.json says of the flags' values, as they were given or defaulted, before anything was derived."""
+    """What run.json says of the flags' values, as they were given or defaulted, before anything was derived; secrets
+    in them are masked."""
     own = {*NO_EFFECT_ON_RUN, *BY_CONTENT}
     arguments = {name: value for name, value in values.items() if name not in own}
     arguments["eval_data_file"] = [os.path.abspath(path) for path in arguments["eval_data_file"]]  # from anywhere
     arguments["probe_file"] = arguments["probe_file"] and os.path.abspath(arguments["probe_file"])
     versions = {name: version(name) for name in LIBRARIES}
     arguments["deepspeed"] = training.deepspeed
-    return {"arguments": arguments, "processes": training.world_size, "versions": versions}
+    return {"arguments": masked(arguments), "processes": training.world_size, "versions": versions}
 
 
 def compare(record: dict[str, Any], name: str, value: Any, what: str, anyway: bool) -> None:
@@ -64,7 +65,7 @@ def record_rows(training: TrainingArguments, files: list[str], examples: Example
     for name, value in now.items():
         what = f"--train_data_file: {name} {value} (the run: {rows.get(name)}): these are not the run's rows"
         compare(rows, name, value, what, training.resume_anyway)
-    rows["files"] = [os.path.abspath(file) for file in files]
+    rows["files"] = masked([os.path.abspath(file) for file in files])
 
 
 # ---------------------------------------------------------------------------------------- of an earlier checkpoint

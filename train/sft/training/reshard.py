@@ -38,15 +38,20 @@ def steps_for_ranks(record: dict[str, Any], values: dict[str, Any], world_size: 
 
     Args:
         record: run.json's.
-        values: every flag's. Of `gradient_accumulation_steps` and in the record it is what the run began with.
+        values: every flag's. Of `gradient_accumulation_steps` and in the record it is what the run began with, unless
+            it is given otherwise (--resume_anyway).
     """
     before, batch = record.get("processes", world_size), values["per_device_train_batch_size"]
     if before == world_size:
         return None
     batches = before * values["gradient_accumulation_steps"]
     steps, rest = divmod(batches, world_size)
+    planned, sizes = record.get("arguments", {}), ("per_device_train_batch_size", "gradient_accumulation_steps")
+    others = [f"--{name} {values[name]}" for name in sizes if values[name] != planned.get(name, values[name])]
     why = ""
-    if rest:
+    if others:  # with --resume_anyway alone
+        why = f"{' and '.join(others)} as given"
+    elif rest:
         fit = ", ".join(str(n) for n in range(1, batches + 1) if batches % n == 0)
         why = f"a step has {batches} batches of {batch} rows; numbers of processes that divide it: {fit}"
     elif values["group_by_length"] or values["train_sampling_strategy"] == "group_by_length":

@@ -25,7 +25,7 @@ from sft.model.files import ADAPTER_FILE, write_json
 from sft.model.load import fetch, open_directory
 from sft.model.pretrained import load_tokenizer
 from sft.model.weight_files import INDEX, open_tensors
-from sft.training.choose import fault_on_any_rank, is_foreign
+from sft.training.choose import fault_on_any_rank, kind_of
 from sft.training.environment import ranks_of_this_disk
 from sft.training.go_on import losses_so_far
 from sft.training.output_dir import has_stopped_early, read_if_whole
@@ -124,7 +124,7 @@ def find_best(checkpoint: Path, args: TrainingArguments) -> Path | None:
     if best.resolve() != Path(saved).resolve():
         choice("best checkpoint", best, f"it was saved as {saved}")
     fault = fault_on_any_rank(best, vars(args)) if args.load_best_model_at_end else None
-    if fault is None or is_foreign(best):
+    if fault is None or kind_of(best) == kind_of(checkpoint) == "foreign":  # it was asked for
         return best if best.is_dir() else None
     what = f"{best}: is the run's best checkpoint and is not whole: {fault[0]}: {fault[1]}"
     if not args.resume_anyway:

@@ -25,7 +25,7 @@ from sft.model.weight_files import is_transformers_own, names_in_model
 from sft.training.disk import Reporter, checkpoint_bytes, why_not_saved
 from sft.training.environment import failing_together
 from sft.training.finite import FiniteWatch
-from sft.training.manifest import RUN, remove, rotate, write_manifest
+from sft.training.manifest import RUN, RestOfSave, remove
 from sft.training.output_dir import check_still_ours
 from sft.training.progress import Meter
 from sft.training.reshard import OtherRanks
@@ -77,6 +77,7 @@ class Trainer(OtherRanks):
         handler.callbacks = [Reporter(c) if "integration" in type(c).__module__ else c for c in handler.callbacks]
         self.meter = meter
         self.finite = FiniteWatch(self)
+        self.rest_of_save = RestOfSave()
         self.companions = companions
         companions.hold()
         self.masters: dict[str, torch.Tensor] = {}  # on the saving rank while it saves, see masters_to_save
@@ -186,24 +187,29 @@ class Trainer(OtherRanks):
         self.unlogged = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item()
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save a checkpoint, make it whole and delete old ones. Where it cannot be written, all ranks end with exit
-        code 1. All ranks must call."""
+        """Save a checkpoint and begin to make it whole; where it cannot be written, all ranks end with exit code 1."""
+        self.finish_save()
         self.gather_unlogged()
         args, output = self.args, Path(self.args.output_dir)
         checkpoint = output / f"checkpoint-{self.state.global_step}"
         with failing_together(partial(why_not_saved, checkpoint, checkpoint_bytes(self.model, args))):
             if args.should_save:
                 check_still_ours(output)
-                remove(checkpoint)  # a torn one, or one of a branch that was abandoned
+                remove(checkpoint)  # a torn one, or of a branch that was abandoned
                 checkpoint.mkdir()
                 write_json(checkpoint / RUN, args.record)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             if args.save_on_each_node and args.should_save and self.is_deepspeed_enabled:
                 write_deepspeed_latest(checkpoint)
-            write_manifest(checkpoint, args)
-            if args.should_save:
-                rotate(output, self.save_total_limit, self.state.best_model_checkpoint, self.state.global_step)
+        self.rest_of_save.begin(checkpoint, args, self.save_total_limit, self.state.best_model_checkpoint)
+        if self.control.should_training_stop or self.finite.stops:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Wait until the last checkpoint is whole."""
+        with failing_together(partial(why_not_saved, self.rest_of_save.checkpoint, 0)):
+            self.rest_of_save.wait()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Do nothing but for FSDP: load_model has read the weights already, and the Trainer would miss the experts."""
