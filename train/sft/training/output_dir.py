@@ -66,9 +66,7 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
         if path is None or resumed or not Path(path).exists():
             continue
         if Path(path).resolve().is_relative_to(output.resolve()) and args.overwrite_output_dir:
-            raise Refused(
-                f"--{flag}_name_or_path {path}: lies in --output_dir, which --overwrite_output_dir would move"
-            )
+            raise Refused(f"--{flag}_name_or_path {path}: lies in --output_dir: --overwrite_output_dir would move it")
         if Path(path).resolve() == output.resolve():
             raise Refused(f"--output_dir {output}: is the {flag}'s own directory, its files would be overwritten")
     if resumed:
@@ -81,10 +79,8 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
             f"--output_dir {output}: contains a model that no run has written ({first_few(held)}). It would be "
             "overwritten: choose another directory"
         )
-    if not held and not runs:
+    if not (held or runs) or args.auto_resume and not done:  # then its checkpoints are torn
         return False
-    if args.auto_resume and not done:
-        return False  # its checkpoints are torn, else there was one to go on from
     if not args.overwrite_output_dir:
         raise Refused(
             f"--output_dir {output}: holds another run. Choose another directory, go on with it "
@@ -164,7 +160,10 @@ def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:
 def make_way(args: TrainingArguments, earlier_run: bool) -> None:
     """Remove an old file `stop`, and set aside what is not this run's any more."""
     output = Path(args.output_dir)
-    remove_old_stop_file(output)
+    stop = output / STOP_FILE
+    if stop.exists() and stop.stat().st_mtime < float(os.environ[STARTED]):
+        stop.unlink()
+        note(f"{stop}: removed, because it is older than this start")
     if earlier_run:
         place = set_aside(output, files_of_a_run(output))
         return note(f"--overwrite_output_dir: the earlier run in {output} was moved to {place}")
@@ -176,8 +175,7 @@ def make_way(args: TrainingArguments, earlier_run: bool) -> None:
         elif step_of(checkpoint) > begun:
             moved.append(checkpoint)
     if moved:
-        place = set_aside(output, moved)
-        names = ", ".join(path.name for path in moved)
+        names, place = ", ".join(path.name for path in moved), set_aside(output, moved)
         note(f"{names}: moved to {place}, because the run goes on from step {begun}")
 
 
@@ -195,14 +193,6 @@ def keep_step(args: TrainingArguments, step: int) -> None:
     """Keep the step that was made in the lock, for the launcher, which may start the job again."""
     if lock := locks.get(Path(args.output_dir, LOCK)):
         write_step(lock.fileno(), step)
-
-
-def remove_old_stop_file(output_dir: Path) -> None:
-    """Remove a file `stop` that is older than the start of this job, and say so."""
-    file = output_dir / STOP_FILE
-    if file.exists() and file.stat().st_mtime < float(os.environ[STARTED]):
-        file.unlink()
-        note(f"{file}: removed, because it is older than this start")
 
 
 def files_of_a_run(output: Path) -> list[Path]:

@@ -121,7 +121,7 @@ def find_best(checkpoint: Path, args: TrainingArguments) -> Path | None:
         return saved and checkpoint
     places = [path.with_name(Path(saved).name) for path in (checkpoint, checkpoint.resolve())]
     best = next((place for place in (*places, Path(saved)) if place.is_dir()), places[0])
-    if best.resolve() != Path(saved).resolve():
+    if best.is_dir() and best.resolve() != Path(saved).resolve():
         choice("best checkpoint", best, f"it was saved as {saved}")
     fault = fault_on_any_rank(best, vars(args)) if args.load_best_model_at_end else None
     if fault is None or kind_of(best) == kind_of(checkpoint) == "foreign":  # it was asked for
@@ -228,8 +228,5 @@ def write_final_files(start: Start, args: TrainingArguments, any_base: bool, fig
     if read_if_whole(output / "train_results.json").get("global_step") != state["global_step"]:
         losses = losses_so_far(state)
         mean = (losses["logged"] + losses["unlogged"]) / state["global_step"]
-        unknown = dict.fromkeys(Meter.FIGURES)
-        write_json(
-            output / "train_results.json",
-            figures | unknown | {"global_step": state["global_step"], "train_loss": mean},
-        )
+        results = {"global_step": state["global_step"], "train_loss": mean}
+        write_json(output / "train_results.json", figures | dict.fromkeys(Meter.FIGURES) | results)
