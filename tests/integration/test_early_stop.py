@@ -117,6 +117,18 @@ def test_final_files_that_the_disk_refuses(stopped, run_here, tmp_path):
     assert "Traceback" not in run.stderr and not (tmp_path / "train_results.json").exists()
 
 
+def test_a_checkpoint_of_an_epochs_end_has_what_is_done_there(stopped, rows, run_train, tmp_path):
+    """The evaluation and the log entry of that epoch, of 25 steps, where checkpoints are saved by steps."""
+    flags = [*stopped.flags, "--load_best_model_at_end", "False", "--eval_strategy", "epoch", "--save_steps", 25]
+    flags += ["--logging_strategy", "epoch", "--learning_rate", 0.5, "--early_stopping_patience", 1]
+    run = run_train([*flags, "--output_dir", tmp_path / "whole"])
+    assert run.returncode == 0, run.stderr[-3000:]
+    shutil.copytree(tmp_path / "whole" / "checkpoint-25", tmp_path / "out" / "checkpoint-25")
+    run = run_train([*flags, "--output_dir", tmp_path / "out", "--auto_resume"])
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert is_same(tmp_path / "whole", tmp_path / "out")
+
+
 @pytest.mark.campaign
 @pytest.mark.needs_gxx
 def test_of_two_ranks_with_zero(stopped, model_dir, example_tokenizer_dir, run_train, tmp_path):

@@ -51,6 +51,7 @@ class GoOn(TrainerCallback, ExportableState):
         self.trainer = trainer
         self.best = best  # the best checkpoint before this process
         self.saved: list[Path] = []  # checkpoints of this process
+        self.save_later = False  # at the epoch's end
         if best:  # the Trainer looks where it was saved, and says that it is gone
             logger = logging.getLogger("transformers.trainer")
             logger.addFilter(lambda record: "does not exist anymore" not in record.getMessage())
@@ -86,7 +87,14 @@ class GoOn(TrainerCallback, ExportableState):
         return [(type(callback).__name__, callback) for callback in callbacks if isinstance(callback, ExportableState)]
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Put a checkpoint at an epoch's end off until that has been evaluated and logged: a run that goes on from it
+        does neither."""
         keep_step(args, state.global_step)
+        self.save_later = control.should_save and state.epoch.is_integer() and not self.trainer.finite.stops
+        control.should_save = control.should_save and not self.save_later
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or self.save_later
 
     def on_train_end(self, args, state, control, **kwargs):
         """Let the final trainer_state.json have the callbacks' states of now, and not of the last checkpoint."""
