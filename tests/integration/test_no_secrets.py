@@ -1,10 +1,13 @@
-"""No secret that a run is given is printed or written, however it is given; and one that goes on does without."""
+"""No secret that a run is given is printed or written, however it is given."""
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 
-from conftest import TRAIN
+from conftest import TRAIN, run_command
 
 PLANTED = {  # where it is put: the secret
     "the environment": "planted-in-env-0123",
@@ -17,7 +20,7 @@ PLANTED = {  # where it is put: the secret
 def planted_in(run, folder):
     """(secret's place, where it shows) of each that shows in a run's output or in a file."""
     texts = {"the output": (run.stdout + run.stderr).encode()}
-    texts |= {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    texts |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     return [
         (place, name) for place, secret in PLANTED.items() for name, text in texts.items() if secret.encode() in text
     ]
@@ -36,8 +39,16 @@ def test_no_secret_is_printed_or_written(model_dir, example_tokenizer_dir, examp
     run = run_train(flags, env=env)
     assert run.returncode == 0, run.stderr[-3000:]
     assert planted_in(run, tmp_path / "out") == []
-    on = ["--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1", "--output_dir", tmp_path / "on"]
-    run = run_train(on, env=env)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "checkpoint-1 does not record --project, --run_name: taken as not given" in " ".join(run.stdout.split())
-    assert planted_in(run, tmp_path / "on") == []
+    assert "http://me:***@host/run" in (tmp_path / "out" / "checkpoint-2" / "run.json").read_text()
+
+
+@pytest.mark.campaign
+def test_nor_by_train_sh():
+    """In its own lines and a refusal; the output directory that it makes goes again."""
+    secret = PLANTED["the environment"]
+    env = {"PLANTED_API_KEY": secret, "MODEL_PATH": f"/nowhere/{secret}", "TRAIN_DATA_FILE": "rows.jsonl"}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    run = run_command(["bash", str(TRAIN / "train.sh")], env)
+    assert run.returncode == 2 and f"OUTPUT_DIR = {TRAIN}/output/*** (the name of MODEL_PATH)" in run.stdout
+    assert "/nowhere/***: no such directory" in run.stdout and secret not in run.stdout + run.stderr
+    assert not (TRAIN / "output" / secret).exists()

@@ -276,6 +276,40 @@ def test_started_again(again, bed):
     assert not any(bed.left())
 
 
+@pytest.mark.campaign
+def test_a_node_that_is_away_for_a_while(bed):
+    """As one that reboots: the first restart finds it away, the second one goes on."""
+    job = bed.start(MAX_RESTARTS=2)
+    job.wait_for(r"step 10/")
+    unplug(bed, job)
+    job.wait_for(r"restart 1 of 2: node 10\.77\.0\.2: its launcher or the connection to it ended")
+    job.wait_for(r"restart 2 of 2: restart 1 was refused: 1 of 2 nodes are not ready: 10\.77\.0\.2: ssh: .*; going on")
+    bed.two[1].link("up")
+    job.wait_for(r"(?s)restart 2 of 2.*going on from \S*checkpoint-\d+.*step \d+/", 240)
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.end() == 75 and re.search(GOES_ON, job.output), job.output[-3000:]
+    assert not any(bed.left())
+
+
+@pytest.mark.campaign
+def test_stopped_while_a_restart_loads(bed):
+    """The launcher names the command that goes on, which the ranks cannot know yet."""
+    job = bed.start(MAX_RESTARTS=1)
+    job.wait_for(r"step 10/")
+    kill(bed, job)
+    job.wait_for(r"(?s)restart 1 of 1.*10\.77\.0\.2: ready")
+    while not bed.two[1].processes("train.py", str(bed.out)):
+        time.sleep(0.1)
+    time.sleep(2)
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.end() == 75
+    again = job.output.partition("restart 1 of 1")[2]
+    assert "step 1" not in again, "it was too late"
+    (step,) = re.findall(r"\nstopped on request at step (\d+)\. Last checkpoint: \S+\. Continue with:\nNODE_IP", again)
+    assert (bed.out / f"checkpoint-{step}" / "manifest.json").is_file() and "MAX_RESTARTS=1 " in again
+    assert not any(bed.left())
+
+
 @pytest.mark.parametrize("name", cases(BEFORE))
 def test_before_it_begins(name, bed, table):
     spoil, env, code, says = BEFORE[name]

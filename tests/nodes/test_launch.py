@@ -367,6 +367,17 @@ def test_the_first_start_is_refused_at_once(attempts):
 def test_how_the_disks_are_is_said_where_a_run_goes_on(shared, goes_on, monkeypatch):
     """It may have begun on other disks, and a checkpoint's own value would hold."""
     monkeypatch.setattr(launch, "examine", lambda *args: shared)
-    words = launch.prepare([], ["train.py"], 1, goes_on)[1:]
+    words = launch.prepare([], ["train.py"], 1, dict(goes_on))[1:]
     expected = ["--save_on_each_node", str(not shared)]
     assert words == (expected if goes_on or not shared else [])
+
+
+def test_a_node_that_comes_back_without_its_mount_is_not_ready(monkeypatch):
+    """Else the run would go on as on separate disks, and there is nothing to go on from on one of them."""
+    given, shared = {}, iter([True, False, True])
+    monkeypatch.setattr(launch, "examine", lambda *args: next(shared))
+    launch.prepare([], ["train.py"], 1, given)
+    again = given | {"auto_resume": True}
+    with pytest.raises(Refused, match="is it mounted on all of them"):
+        launch.prepare([], ["train.py"], 1, again)
+    launch.prepare([], ["train.py"], 1, again)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from conftest import losses, run_train
 from hosts import SSH, SSH_PORT, TRAIN, Hosts, Job
+from runs import as_saved
 
 pytestmark = pytest.mark.needs_hosts
 STAGES = {"zero2": "ds_zero2_no_offload.json", "zero3": "ds_zero3_no_offload.json"}
@@ -143,24 +144,51 @@ def test_goes_on_from_a_checkpoint(stage, lora, shared, given, tmp_path):
 
 
 @pytest.mark.campaign
+def test_goes_on_by_auto_resume_on_a_shared_disk_after_separate_ones(two, given, tmp_path):
+    """The chief alone saves then, whatever the checkpoint's run did."""
+    train(two[0], *STEPS[2:-1], "steps", "--max_steps", 2, "--save_steps", 2, **given)
+    plan = tmp_path / "out/checkpoint-2/run.json"
+    content = json.loads(plan.read_text())
+    content["arguments"]["save_on_each_node"] = True
+    plan.write_text(json.dumps(content))
+    as_saved(plan.parent)
+    train(two[0], *STEPS[2:-1], "steps", "--max_steps", 4, "--save_steps", 2, "--auto_resume", **given)
+    saved = json.loads((tmp_path / "out/checkpoint-4/manifest.json").read_text())
+    assert saved["save_on_each_node"] is False
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= saved["files"].keys()
+
+
+@pytest.mark.campaign
 @pytest.mark.parametrize("scheduler", ["torchrun", "srun"])
 def test_without_train_sh(scheduler, two, given, tmp_path):
-    """What a scheduler does: the same train.py on each host, by torchrun, or with the variables that srun sets."""
-    args = ["--model_name_or_path", given["MODEL_PATH"], "--train_data_file", given["TRAIN_DATA_FILE"], *STEPS]
-    args += ["--output_dir", tmp_path / "out"]
+    """What a scheduler does: the same train.py on each host, by torchrun, or with the variables that srun sets. Each
+    saves in a directory of its own what is its rank's."""
     jobs = []
     for rank, host in enumerate(two):
-        run, env = [], {"GLOO_SOCKET_IFNAME": "eth0"}
+        args = ["--model_name_or_path", given["MODEL_PATH"], "--train_data_file", given["TRAIN_DATA_FILE"]]
+        args += [
+            *STEPS[:-1],
+            "steps",
+            "--save_steps",
+            6,
+            "--output_dir",
+            tmp_path / f"out{rank}",
+            "--save_on_each_node",
+        ]
+        run, env = [], {"NCCL_SOCKET_IFNAME": "eth0"}
         if scheduler == "torchrun":
             run = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--node_rank", rank]
             run += ["--master_addr", "10.77.0.1"]
         else:
-            env |= {"SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NUM_NODES": 2, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
-            env |= {"SLURM_PROCID": rank, "SLURM_LOCALID": 0, "SLURM_NODEID": rank, "MASTER_ADDR": "10.77.0.1"}
+            env |= {"SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NUM_NODES": 2, "MASTER_ADDR": "10.77.0.1"}
+            env |= {"SLURM_PROCID": rank, "SLURM_LOCALID": 0}
         jobs.append(Job(host, [sys.executable, *run, TRAIN / "train.py", *args], **env))
     assert [job.end() for job in jobs] == [0, 0], [job.output[-2000:] for job in jobs]
-    assert len(losses(tmp_path / "out")) == 6
-    assert json.loads((tmp_path / "out" / "train_results.json").read_text())["world_size"] == 2
+    for rank in range(2):
+        saved = json.loads((tmp_path / f"out{rank}/checkpoint-6/manifest.json").read_text())
+        assert [name for name in saved["files"] if "rng_state" in name] == [f"rng_state_{rank}.pth"]
+    assert len(losses(tmp_path / "out0")) == 6
+    assert json.loads((tmp_path / "out0" / "train_results.json").read_text())["world_size"] == 2
 
 
 # ------------------------------------------------------------------------------------------ the documentation's text

@@ -7,7 +7,7 @@ import pytest
 
 from sft import messages, stopping
 from sft.messages import Refused, guard, masked, note, report_refusal
-from sft.training.environment import read_deepspeed_file
+from sft.training.plan import export_keys
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,9 @@ def test_structures_are_masked_within():
     assert masked(value) == {"a": ["redis://:***@host", 1, None], "b": {"c": "x"}}
 
 
-def test_a_key_in_a_deepspeed_file_goes_to_the_environment(tmp_path, monkeypatch):
+def test_a_key_in_a_deepspeed_file_goes_to_the_environment(monkeypatch):
+    """Also in one that an earlier checkpoint has recorded."""
     monkeypatch.setenv("COMET_API_KEY", "before")
-    (tmp_path / "ds.json").write_text('{"comet": {"api_key": "sk-0123456789", "project": "p"}}')
-    assert read_deepspeed_file(str(tmp_path / "ds.json")) == {"comet": {"project": "p"}}
-    assert masked("sk-0123456789") == "***"
+    config = {"steps_per_print": 1, "comet": {"api_key": "sk-0123456789", "project": "p"}}
+    export_keys(config)
+    assert config == {"steps_per_print": 1, "comet": {"project": "p"}} and masked("sk-0123456789") == "***"

@@ -60,11 +60,9 @@ def masked(value: Any) -> Any:
         return [masked(part) for part in value]
     if not isinstance(value, str):
         return value
-    of_environment = {secret for name, secret in os.environ.items() if is_secret(name)}
-    for secret in sorted(
-        filter(lambda secret: len(secret) > 7, of_environment | given_secrets), key=len, reverse=True
-    ):
-        value = value.replace(secret, MASK)
+    known = given_secrets | {secret for name, secret in os.environ.items() if is_secret(name)}
+    for secret in sorted(known, key=len, reverse=True):
+        value = value.replace(secret, MASK) if len(secret) > 7 else value
     for pattern in IN_URLS:
         value = re.sub(pattern, rf"\1{MASK}\2", value)
     return value

@@ -38,15 +38,13 @@ STATES = {"stopped": "stopped (SIGSTOP)", "disk-sleep": "waiting for a disk"}
 
 # A rank ends with the agent, however that ends, and one process alone is no distributed job.
 RANK = """
-import ctypes, os, signal, sys
+import ctypes, os, re, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
 if os.environ["WORLD_SIZE"] == "1":
-    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
-        del os.environ[name]
-    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
-                 "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"):
+    torchs = "TORCHELASTIC_.*|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
+    for name in [name for name in os.environ if re.fullmatch(torchs, name)]:
         del os.environ[name]
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """

@@ -173,16 +173,19 @@ def prepare(nodes: list[Node], command: list[str], port: int, given: dict[str, A
         shared = examine(nodes, os.path.dirname(os.path.abspath(command[0])), port, given)
         if shared and each:
             raise Refused("--save_on_each_node: the nodes share the output directory, and would write the same files")
+        if given.setdefault("shared", shared) != shared:  # at a restart
+            raise Refused(
+                "whether the nodes share OUTPUT_DIR has changed since the start: is it mounted on all of them?"
+            )
     except BaseException:  # reported once nothing is left of it on any node
         end(nodes, 5)
         raise
-    if each is None and not shared:
+    goes_on = given.get("auto_resume") or given.get("resume_from_checkpoint") is not None
+    if each is not None or shared and not goes_on:
+        return command
+    if not shared:
         print("save_on_each_node = True (the nodes' output directories are separate)", flush=True)
-        return [*command, "--save_on_each_node", "True"]
-    goes_on = given.get("resume_from_checkpoint") is not None or given.get("auto_resume")
-    if each is None and goes_on:  # a run that may have been on separate disks
-        return [*command, "--save_on_each_node", "False"]
-    return command
+    return [*command, "--save_on_each_node", str(not shared)]  # one that goes on may have begun on other disks
 
 
 def beat(nodes: list[Node]) -> None:

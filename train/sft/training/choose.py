@@ -30,10 +30,9 @@ def choose_checkpoint(given: dict[str, Any]) -> Path | None:
         return None
     place = run_or_checkpoint(named, given.get("output_dir"), lambda run: from_all_ranks(run)[0])
     if from_all_ranks(bool(checkpoints_in(place)))[0]:
-        found = newest_whole(place, given)
-        if found is None:
-            raise Refused(f"--resume_from_checkpoint {place}: none of its checkpoints is whole")
-        return found
+        if found := newest_whole(place, given):
+            return found
+        raise Refused(f"--resume_from_checkpoint {place}: none of its checkpoints is whole")
     check_named(place, given)
     return place
 

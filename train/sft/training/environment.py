@@ -86,8 +86,6 @@ def read_deepspeed_file(name: str | dict) -> dict | None:
     if not isinstance(scale, int) or not isinstance(config.get("zero_optimization", {}), dict):
         what = "fp16.min_loss_scale must be an integer, e.g. 1" if not isinstance(scale, int) else "zero_optimization"
         raise Refused(f"--deepspeed {path}: {what}: today's DeepSpeed does not take it as it stands")
-    if isinstance(config.get("comet"), dict) and (key := config["comet"].pop("api_key", None)):
-        os.environ["COMET_API_KEY"] = key  # in the configuration DeepSpeed would save it with each checkpoint
     return config
 
 

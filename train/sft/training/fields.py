@@ -34,19 +34,18 @@ DECIDES += FIXED
 FIXED_BY_DEEPSPEED = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")  # the optimiser takes its state's
 
 # Of zero_optimization in a DeepSpeed file what decides, without `stage3_`, beside stage and offload; and the defaults.
-ZERO_DECIDES = {
+# By what is fixed the optimizer's shards are divided, or what they hold would be used.
+ZERO_FIXED = {
     "round_robin_gradients": False, "parameter_alignment": False, "sub_group_size": 10**9, "elastic_checkpoint": False,
-    "legacy_stage1": False, "zenflow": None, "super_offload": False, "ratio": 1.0, "reduce_scatter": True,
-    "cpu_offload": None, "cpu_offload_param": None, "use_multi_rank_bucket_allreduce": True, "compute_grad_norm": True,
+    "legacy_stage1": False, "zenflow": None, "super_offload": False, "cpu_offload": None, "cpu_offload_param": None,
+}  # fmt: skip
+ZERO_DECIDES = ZERO_FIXED | {
+    "ratio": 1.0, "reduce_scatter": True, "use_multi_rank_bucket_allreduce": True, "compute_grad_norm": True,
     "load_from_fp32_weights": True, "zero_hpz_partition_size": 1, "zero_quantized_weights": False,
     "zero_quantized_nontrainable_weights": False, "zero_quantized_gradients": False, "memory_efficient_linear": True,
     "override_module_apply": True,
 }  # fmt: skip
-ZERO_FIXED = names("""
-    round_robin_gradients parameter_alignment sub_group_size elastic_checkpoint legacy_stage1 zenflow super_offload
-    cpu_offload cpu_offload_param
-""")
-# Of the rest of that file. By what is fixed the optimizer's shards are divided, or theirs would be used.
+# The rest of that file decides, too, but for what may change.
 DEEPSPEED_FIXED = names("optimizer scheduler fp16 bf16 amp data_types tensor_parallel compression_training")
 DEEPSPEED_FIXED += tuple(f"zero_optimization.{key}" for key in ZERO_FIXED)
 DEEPSPEED_MAY_CHANGE = names("""

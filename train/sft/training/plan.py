@@ -39,22 +39,21 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     environment.set_rendezvous_variables(deepspeed=False)
     checkpoint, earlier = choose_checkpoint(given), {}
     given.pop("resume_from_checkpoint", None)
-    values = defaults() | given
+    values, steps = defaults() | given, None
     if checkpoint:
         given["resume_from_checkpoint"] = str(checkpoint)
         read_trainer_state(checkpoint)
         earlier = read_record(checkpoint)
         values = go_on_with(earlier, given)
-    chosen, steps = dict(values), None
-    if checkpoint:
         steps = steps_for_ranks(earlier, values, environment.number_of_processes())
-        chosen["gradient_accumulation_steps"] = steps or values["gradient_accumulation_steps"]
+    chosen = values | ({"gradient_accumulation_steps": steps} if steps else {})
     arguments.check_values(chosen)
     arguments.choose_evaluation(chosen)
     arguments.use_todays_names(chosen)
     with refusing():
         arguments.set_lowest_rate(chosen)
         environment.prepare(chosen)
+        export_keys(chosen["deepspeed"] or {})
         model, data, training = arguments.build(chosen)
         environment.use_built_arguments(training)
     model.given = frozenset(given)
@@ -62,6 +61,13 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     if steps:  # the run's stay: it may go on with other numbers again
         training.record["processes"] = earlier["processes"]
     return model, data, training
+
+
+def export_keys(config: dict[str, Any]) -> None:
+    """Move a service's key (comet.api_key) to the environment: DeepSpeed would save it with each checkpoint."""
+    for name, section in config.items():
+        if isinstance(section, dict) and section.get("api_key"):
+            os.environ[f"{name.upper()}_API_KEY"] = str(section.pop("api_key"))
 
 
 @contextlib.contextmanager
