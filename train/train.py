@@ -32,7 +32,7 @@ from sft.training.disk import check_space, why_not_saved
 from sft.training.environment import exit_all_ranks, failing_together, first_rank_refuses
 from sft.training.go_on import GoOn
 from sft.training.loss import mean_loss
-from sft.training.output_dir import begin_output_dir, check_output_dir
+from sft.training.output_dir import begin_output_dir, check_output_dir, lock_output_dir
 from sft.training.plan import parse_arguments
 from sft.training.probe import Probe
 from sft.training.progress import Meter, ProgressLine, write_results
@@ -52,8 +52,11 @@ def main(argv: list[str]) -> None:
     # 2. Data: rows → token sequences.
     data = load_data(data_args, start.tokenizer, training_args.seed)
     record_rows(training_args, data_args.train_data_file, data.examples, data.figures)
+    saving = partial(failing_together, partial(why_not_saved, Path(training_args.output_dir), 0))
     if start.checkpoint and not steps_left(start.checkpoint, training_args, len(data.train), model_args.given):
-        write_final_files(start.checkpoint, start.directory, training_args, model_args.any_base, data.figures)
+        lock_output_dir(training_args, begin=True)  # all ranks have looked at it then
+        with saving():
+            write_final_files(start, training_args, model_args.any_base, data.figures)
         return
     probe = Probe(training_args.probe_file, start.tokenizer) if training_args.probe_file else None
 
@@ -72,7 +75,7 @@ def main(argv: list[str]) -> None:
 
     # 6. Save: the final model at the top of output_dir, the curve and the figures beside it.
     trainer.finish_save()
-    with failing_together(partial(why_not_saved, Path(training_args.output_dir), 0)):
+    with saving():
         trainer.save_model()
         trainer.save_state()
         write_results(trainer, result.metrics["train_loss"], probe, data.figures)
@@ -103,6 +106,7 @@ def make_trainer(
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
     # of a class that takes no number of tokens, the loss is computed here, over the whole step
     loss_func = None if accepts_loss_kwargs(model) or training_args.label_smoothing_factor else mean_loss
+    training_args.restore_callback_states_from_checkpoint = False  # GoOn does; the Trainer would build callbacks anew
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -117,7 +121,7 @@ def make_trainer(
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
-    go_on = GoOn(trainer)
+    go_on = GoOn(trainer, start.best)
     for ours in (ProgressLine(), go_on, StopOnRequest(go_on)):
         trainer.add_callback(ours)
     return trainer

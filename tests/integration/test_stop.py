@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from conftest import TRAIN
 from runs import ServerRun, environment, run_script
@@ -240,6 +242,25 @@ def test_the_end_of_a_run_is_left_out(flags, tmp_path):
     assert code == 75 and (tmp_path / "out" / f"checkpoint-{line[0]}" / "trainer_state.json").is_file()
     assert not (tmp_path / "out" / "train_results.json").exists()
     assert stdout.count("eval_loss") == int(line[0]) // 10
+
+
+@pytest.mark.campaign
+def test_where_each_step_evaluates_and_only_the_best_is_saved(flags, tmp_path):
+    """It stops at that step, better or not, and goes on as the undisturbed run."""
+    more = ["--eval_split", 0.02, "--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "best"]
+    flags = [*flags, *more, "--load_best_model_at_end", "True", "--learning_rate", 0.1, "--max_steps", 60]
+    whole = run_script("train.py", [*flags, "--output_dir", tmp_path / "whole"])
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    run = Run(flags)
+    run.wait_for(r"step 20/")
+    run.signal(signal.SIGTERM)
+    code, stdout, _ = run.end()
+    ((step, checkpoint, _),) = re.findall(LINE, stdout, re.MULTILINE)
+    assert code == 75 and Path(checkpoint).name == f"checkpoint-{step}" and int(step) < 60
+    done = run_script("train.py", ["--resume_from_checkpoint", checkpoint])
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", tmp_path / "out"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_jit_checkpoints_are_refused(flags, run_here):

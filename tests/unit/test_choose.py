@@ -1,6 +1,10 @@
 """Which checkpoint a run goes on from, and what becomes of the others."""
 
+import errno
 import json
+import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +13,13 @@ from sft.messages import Refused
 from sft.training import choose
 from sft.training.choose import choose_checkpoint, run_or_checkpoint
 from sft.training.manifest import MANIFEST, RUN, write_manifest
-from sft.training.output_dir import begin_output_dir, check_output_dir
+from sft.training.output_dir import begin_output_dir, check_output_dir, is_finished
 
 
 def arguments(output, **more):
     values = {"output_dir": str(output), "should_save": True, "world_size": 1, "resume_from_checkpoint": None}
     values |= {"auto_resume": False, "overwrite_output_dir": False, "process_index": 0, "save_on_each_node": False}
+    values |= {"max_steps": 10, "num_train_epochs": 3.0, "early_stopping_patience": None}
     return SimpleNamespace(**values | {"verify_checkpoints": False} | more)
 
 
@@ -154,21 +159,98 @@ def test_newer_ones_than_the_one_that_goes_on_are_set_aside(run, capsys):
     begin_output_dir(args, check_output_dir(args, None, None))
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
     assert {path.name for path in run.glob("previous-*/*")} == {"checkpoint-4", "checkpoint-10"}
-    assert "checkpoint-10: was moved to" in capsys.readouterr().out
+    assert "checkpoint-4, checkpoint-10: moved to" in capsys.readouterr().out
     other = arguments(run.parent / "other", resume_from_checkpoint=str(run / "checkpoint-2"))
     begin_output_dir(other, check_output_dir(other, None, None))
     assert (run / "checkpoint-2").is_dir()
 
 
-def test_a_finished_run_stays_as_it_is(run, capsys):
-    for path in run.glob("checkpoint-*"):
+def finish(output, step, epoch=0.5, counter=0, results=None):
+    """Put the final files of a run there that has ended at `step`."""
+    patience = {"args": {"early_stopping_patience": 2}, "attributes": {"early_stopping_patience_counter": counter}}
+    state = {"global_step": step, "epoch": epoch, "stateful_callbacks": {"EarlyStoppingCallback": patience}}
+    (output / "train_results.json").write_text(results or json.dumps({"global_step": step}))
+    (output / "trainer_state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("ended", "asked", "finished"),
+    [
+        ({"step": 10}, {}, True),
+        ({"step": 10}, {"max_steps": 5}, True),
+        ({"step": 10}, {"max_steps": 11}, False),
+        ({"step": 10, "epoch": 2.4}, {"max_steps": -1, "num_train_epochs": 2.3}, True),
+        ({"step": 10, "epoch": 2.4}, {"max_steps": -1}, False),
+        ({"step": 12}, {"max_steps": 12}, True),  # the last save was at 10
+        ({"step": 12, "counter": 2}, {"max_steps": 60, "early_stopping_patience": 2}, True),
+        ({"step": 12, "counter": 2}, {"max_steps": 60, "early_stopping_patience": 3}, False),
+        ({"step": 12, "counter": 2}, {"max_steps": 60}, False),
+        ({"step": 8}, {"max_steps": 8}, False),  # of an earlier, shorter run
+        ({"step": 10, "results": "{"}, {}, False),
+        ({"step": 10, "results": '{"global_step": 8}'}, {}, False),
+    ],
+)
+def test_whether_a_run_is_finished(ended, asked, finished, run):
+    """At the newest checkpoint's step or later, and no more steps are asked for."""
+    finish(run, **ended)
+    assert is_finished(arguments(run, resume_from_checkpoint=str(run / "checkpoint-10"), **asked)) == finished
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_a_finished_run_stays_as_it_is(checkpoints, run, capsys):
+    finish(run, 10)
+    newest = {"resume_from_checkpoint": str(run / "checkpoint-10")} if checkpoints else {}
+    for path in () if checkpoints else run.glob("checkpoint-*"):
         path.rename(run.parent / path.name)
-    (run / "train_results.json").write_text('{"global_step": 10}')
-    (run / "trainer_state.json").write_text('{"global_step": 10, "max_steps": 10}')
     with pytest.raises(SystemExit) as end:
-        check_output_dir(arguments(run, auto_resume=True), None, None)
+        check_output_dir(arguments(run, auto_resume=True, **newest), None, None)
     assert end.value.code == 0 and "the run is finished, it stays as it is" in capsys.readouterr().out
-    (run / "train_results.json").write_text('{"global_step": 8}')
+    longer = {"max_steps": 12, **newest}
+    if checkpoints:
+        assert check_output_dir(arguments(run, auto_resume=True, **longer), None, None) is False
+        return
     for more in ({"auto_resume": True}, {}):
         with pytest.raises(Refused, match="holds another run"):
-            check_output_dir(arguments(run, **more), None, None)
+            check_output_dir(arguments(run, **longer, **more), None, None)
+
+
+def test_a_run_that_goes_on_is_finished_no_more(run, capsys):
+    """From an earlier checkpoint, to another end: cut off, it would look like a finished one."""
+    finish(run, 10)
+    args = arguments(run, resume_from_checkpoint=str(run / "checkpoint-4"), auto_resume=True)
+    assert is_finished(args)
+    begin_output_dir(args, False)
+    moved = "train_results.json, trainer_state.json, checkpoint-10: moved to"
+    assert not is_finished(args) and moved in capsys.readouterr().out
+    assert len(list(run.glob("previous-*/*"))) == 3 and (run / "checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("what", ["stop", "rename", "mkdir", "rmdir"])
+def test_what_the_disk_refuses_is_a_refusal(what, run, monkeypatch):
+    """Of all ranks: the others wait for the first."""
+
+    def fail(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    args = arguments(run, resume_from_checkpoint=str(run / "checkpoint-2"))
+    begin_output_dir(args, False)  # has the lock
+    (run / "stop").touch()
+    os.utime(run / "stop", (0, 0))
+    monkeypatch.setenv("JOB_STARTED", "1.0")
+    shutil.copytree(next(run.glob("previous-*/checkpoint-4")), run / "checkpoint-3")
+    if what == "rmdir":
+        (run / "checkpoint-3" / MANIFEST).unlink()
+    owner, name = {"rmdir": (shutil, "rmtree"), "stop": (Path, "unlink")}.get(what, (Path, what))
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(Refused, match=rf"--output_dir: {run}/.*: cannot be written \(Permission denied\)"):
+        begin_output_dir(args, False)
+
+
+@pytest.mark.parametrize("name", ["file", "file/out", "read_only", "read_only/out", "a" * 300])
+def test_a_directory_that_cannot_be_written_is_refused_early(name, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "read_only").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "read_only")  # the tests may run as root
+    with pytest.raises(Refused, match=r"--output_dir.*(file|read_only|aaa).*be written"):
+        check_output_dir(arguments(tmp_path / name), None, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "read_only"}

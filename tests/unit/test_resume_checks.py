@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ import torch
 from sft.arguments import defaults
 from sft.messages import Refused
 from sft.training.go_on import follow_schedule, losses_so_far
+from sft.training.manifest import write_manifest
 from sft.training.plan import go_on_with, refuse_another_run, spelled, zero_of
-from sft.training.resume import check_training_state, read_trainer_state, steps_left
+from sft.training.resume import check_training_state, find_best, read_trainer_state, steps_left
 
 
 def arguments(**more):
@@ -28,12 +30,15 @@ def arguments(**more):
         "gradient_accumulation_steps": 2,
         "max_steps": -1,
     }
+    values |= {"early_stopping_patience": None, "load_best_model_at_end": False, "verify_checkpoints": False}
     return SimpleNamespace(**values | {"num_train_epochs": 1.0, "record": {}} | more)
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     """At step 10 of 20, of one process."""
+    tmp_path = tmp_path / "checkpoint-10"
+    tmp_path.mkdir()
     state = {"global_step": 10, "max_steps": 20, "log_history": []}
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -102,6 +107,58 @@ def test_deepspeeds_states_are_one_a_rank(checkpoint):
 )
 def test_steps_that_are_left(given, more, left, checkpoint):
     assert steps_left(checkpoint, arguments(**more), 101, frozenset(given)) == left
+
+
+def change(checkpoint, **more):
+    file = checkpoint / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+
+
+def test_a_run_that_has_stopped_early_has_none_left(checkpoint):
+    """S4, with the patience of now."""
+    counted = {"args": {"early_stopping_patience": 2}, "attributes": {"early_stopping_patience_counter": 2}}
+    change(checkpoint, stateful_callbacks={"EarlyStoppingCallback": counted})
+    for patience, left in {1: 0, 2: 0, 3: 10, None: 10}.items():
+        assert steps_left(checkpoint, arguments(early_stopping_patience=patience), 101, frozenset()) == left
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_best_checkpoint_is_beside_or_where_it_was(linked, checkpoint, tmp_path):
+    """S5. The one that goes on may be a symlink to it, in another directory."""
+    run, was = tmp_path / "run", tmp_path / "was" / "checkpoint-4"
+    here = run / "checkpoint-10"
+    shutil.copytree(checkpoint, here)
+    change(here, best_model_checkpoint=str(was))
+    if linked:
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "checkpoint-10").symlink_to(here)
+    named = tmp_path / "other" / "checkpoint-10" if linked else here
+    assert find_best(named, arguments()) is None
+    was.mkdir(parents=True)
+    assert find_best(named, arguments()) == was
+    (run / "checkpoint-4").mkdir()
+    assert find_best(named, arguments()) == run / "checkpoint-4"
+    change(here, best_model_checkpoint="out/checkpoint-10")
+    assert find_best(named, arguments()) == named
+    change(here, best_model_checkpoint=None)
+    assert find_best(named, arguments(load_best_model_at_end=True)) is None
+
+
+def test_a_best_checkpoint_that_may_be_needed_is_whole(checkpoint, tmp_path, capsys):
+    change(checkpoint, best_model_checkpoint="/gone/checkpoint-4")
+    needs, best = arguments(load_best_model_at_end=True), checkpoint.parent / "checkpoint-4"
+    with pytest.raises(Refused, match=rf"{best}: is the run's best .* manifest\.json: missing\. To go on without"):
+        find_best(checkpoint, needs)
+    best.mkdir()
+    (best / "model.safetensors").write_text("weights")
+    args = arguments(load_best_model_at_end=True, process_index=0, should_save=True)
+    write_manifest(best, args)
+    assert find_best(checkpoint, needs) == best
+    (best / "model.safetensors").write_text("Weights")
+    with pytest.raises(Refused, match=r"model\.safetensors: content"):
+        find_best(checkpoint, needs)
+    assert find_best(checkpoint, arguments(load_best_model_at_end=True, resume_anyway=True)) is None
+    assert "--resume_anyway: not exact: " in capsys.readouterr().out
 
 
 def test_a_finished_run_needs_no_optimizer(checkpoint):

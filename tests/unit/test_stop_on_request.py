@@ -38,11 +38,15 @@ def steps(tmp_path, monkeypatch):
             if step == asked_at:
                 stopping.requested.set()
             stop.on_step_end(args, state, control)
+            if control.should_evaluate and args.save_strategy == "best":
+                control.should_save = False  # as the Trainer does: the evaluation is not a better one
             ended = control.should_training_stop
             if ended or state.epoch.is_integer():
                 if epochs and not ended:
                     control.should_evaluate = control.should_save = True
                 stop.on_epoch_end(args, state, control)
+                if control.should_evaluate and args.save_strategy == "best":
+                    control.should_save = False
                 assert not ended or not (control.should_evaluate or control.should_save), "twice"
             if control.should_training_stop:
                 assert ended or control.should_save
@@ -64,9 +68,9 @@ def steps(tmp_path, monkeypatch):
         (10, {}, None),
         (10, {"ranks": 2}, None),
         (2, {"evaluate": [2]}, 2),
-        (2, {"evaluate": [2], "save_strategy": "best"}, 3),
-        (4, {"epochs": True, "save_strategy": "best"}, 5),
-        (4, {"ranks": 2, "evaluate": [5], "save_strategy": "best"}, 6),
+        (2, {"evaluate": [2, 3, 4, 5], "save_strategy": "best"}, 2),  # and it saves, better or not
+        (4, {"epochs": True, "save_strategy": "best"}, 4),
+        (4, {"ranks": 2, "evaluate": range(11), "save_strategy": "best"}, 5),
     ],
 )
 def test_the_step(asked_at, how, stops_at, steps):

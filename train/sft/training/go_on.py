@@ -1,5 +1,6 @@
 """What the Trainer forgets at a checkpoint and is put back; how a run that was stopped goes on."""
 
+import logging
 import os
 import shlex
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from sft.messages import choice
@@ -42,12 +43,18 @@ def follow_schedule(scheduler: Any, step: int, max_steps: int, learning_rate: fl
 
 
 class GoOn(TrainerCallback, ExportableState):
-    """What the Trainer forgets at a checkpoint: losses that are not logged yet, intervals that are given anew. For one
-    who stops the run, what was saved last and the command that goes on."""
+    """What the Trainer forgets at a checkpoint: losses that are not logged yet, evaluations without a better loss,
+    where the best checkpoint is, intervals that are given anew. For one who stops the run, what was saved last and the
+    command that goes on."""
 
-    def __init__(self, trainer: transformers.Trainer):
+    def __init__(self, trainer: transformers.Trainer, best: Path | None = None):
         self.trainer = trainer
+        self.best = best  # the best checkpoint before this process
         self.saved: list[Path] = []  # checkpoints of this process
+        self.save_later = False  # at the epoch's end
+        if best:  # the Trainer looks where it was saved, and says that it is gone
+            logger = logging.getLogger("transformers.trainer")
+            logger.addFilter(lambda record: "does not exist anymore" not in record.getMessage())
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps, as losses_so_far() returns it."""
@@ -65,13 +72,33 @@ class GoOn(TrainerCallback, ExportableState):
             highest = args.learning_rate if args.resume_anyway else None
             scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
             follow_schedule(scheduler, state.global_step, state.max_steps, highest)
-        for callback in self.trainer.callback_handler.callbacks:  # one that the checkpoint does not know
-            if isinstance(callback, ExportableState):
-                state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+            state.best_model_checkpoint = self.best and str(self.best)
+            args.eval_on_start = False  # the run has done that
+        for name, callback in self.stateful():
+            kept = state.stateful_callbacks.setdefault(name, callback.state())  # the checkpoint may not know it
+            if isinstance(callback, EarlyStoppingCallback):
+                patience = callback.early_stopping_patience  # may be given anew
+                vars(callback).update(kept["args"] | kept["attributes"], early_stopping_patience=patience)
         state.compute_steps(args, state.max_steps)  # the Trainer takes the checkpoint's intervals
 
+    def stateful(self) -> list[tuple[str, Any]]:
+        """The callbacks whose state trainer_state.json keeps, with their names there."""
+        callbacks = self.trainer.callback_handler.callbacks
+        return [(type(callback).__name__, callback) for callback in callbacks if isinstance(callback, ExportableState)]
+
     def on_step_end(self, args, state, control, **kwargs):
+        """Put a checkpoint at an epoch's end off until that has been evaluated and logged: a run that goes on from it
+        does neither."""
         keep_step(args, state.global_step)
+        self.save_later = control.should_save and state.epoch.is_integer() and not self.trainer.finite.stops
+        control.should_save = control.should_save and not self.save_later
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or self.save_later
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Let the final trainer_state.json have the callbacks' states of now, and not of the last checkpoint."""
+        state.stateful_callbacks |= {name: callback.state() for name, callback in self.stateful()}
 
     def on_save(self, args, state, control, **kwargs):
         self.saved.append(Path(args.output_dir, f"checkpoint-{state.global_step}"))

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import threading
@@ -34,7 +35,8 @@ SEEN_WITHIN = 60  # seconds, of a file that another node has written on a shared
 
 def checkpoints_in(output: Path) -> list[Path]:
     """The directories checkpoint-N in `output`, in the order of their steps."""
-    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    there = output.glob("checkpoint-*") if os.path.isdir(output) else ()  # glob raises where a parent is closed
+    found = [path for path in there if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
 

@@ -3,20 +3,22 @@
 Refused (exit code 2): what is not; also one that is, or would be moved with, the model to train.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from transformers import TrainingArguments
 
 from sft.messages import Refused, first_few, note, read_json
 from sft.model.files import files_of_a_model
 from sft.processes import LOCK, STARTED, write_step
-from sft.training.environment import refuse_together
+from sft.training.environment import from_all_ranks, refuse_together
 from sft.training.manifest import checkpoints_in, is_torn, remove, step_of
 
 # What a run puts at the top of its directory, beside the files of a model.
@@ -25,46 +27,60 @@ RUN_FILES = (
     "trainer_state.json", "training_args.bin", "base.json", "kept_in_fp32.json",
 )  # fmt: skip
 MODEL_MARKS = ("config.json", "adapter_config.json", "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin")
+FINAL_FILES = ("train_results.json", "trainer_state.json")  # of a finished run
 STOP_FILE = "stop"  # asks the run to stop
 locks: dict[Path, IO] = {}  # {path: open file}, for as long as this process lives
 
 
-def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_path: str | None) -> bool:
-    """Refuse an output directory that is a file, holds another run, or that overwriting would take the model from.
+@contextlib.contextmanager
+def refusing_together() -> Iterator[None]:
+    """A block that all ranks begin and end together: what one of them refuses, or the system refuses it, all do."""
+    why = None
+    try:
+        yield
+    except Refused as refusal:
+        why = str(refusal)
+    except OSError as error:
+        why = f"--output_dir: {error.filename}: cannot be written ({error.strerror}). Choose another directory"
+    refuse_together(why)
 
-    Returns whether there is an earlier run to set aside, once the new one is about to begin. With --auto_resume and
-    without a whole checkpoint a finished run stays as it is: ends the process.
+
+@refusing_together()
+def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_path: str | None) -> bool:
+    """Refuse an output directory that cannot be written, holds another run, or that overwriting would take the model
+    from.
+
+    Returns whether there is an earlier run to set aside, once the new one is about to begin. With --auto_resume a
+    finished run stays as it is: ends the process. All ranks must call.
     """
     output = Path(args.output_dir)
     lock_output_dir(args)
-    if output.exists() and not output.is_dir():
-        raise Refused(f"--output_dir {output}: is a file")
     resumed = step_begun(args) > 0
+    if args.auto_resume and from_all_ranks(is_finished(args))[0]:
+        note(f"{output}: the run is finished, it stays as it is")
+        sys.exit(0)
+    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise Refused(f"--output_dir {output}: {place} is not a directory that can be written")
     for flag, path in (("model", model_path), ("tokenizer", tokenizer_path)):
         if path is None or resumed or not Path(path).exists():
             continue
         if Path(path).resolve().is_relative_to(output.resolve()) and args.overwrite_output_dir:
-            raise Refused(
-                f"--{flag}_name_or_path {path}: lies in --output_dir, which --overwrite_output_dir would move"
-            )
+            raise Refused(f"--{flag}_name_or_path {path}: lies in --output_dir: --overwrite_output_dir would move it")
         if Path(path).resolve() == output.resolve():
             raise Refused(f"--output_dir {output}: is the {flag}'s own directory, its files would be overwritten")
     if resumed:
         return False
     held = sorted(file.name for mark in MODEL_MARKS for file in output.glob(mark))
-    runs = (output / "train_results.json").exists() or any(output.glob("checkpoint-*"))
+    done = (output / "train_results.json").exists()
+    runs = done or any(output.glob("checkpoint-*"))
     if held and not runs and not (output / LOCK).exists():
         raise Refused(
             f"--output_dir {output}: contains a model that no run has written ({first_few(held)}). It would be "
             "overwritten: choose another directory"
         )
-    if not held and not runs:
+    if not (held or runs) or args.auto_resume and not done:  # then its checkpoints are torn
         return False
-    if args.auto_resume and is_finished(output):
-        note(f"{output}: the run is finished, it stays as it is")
-        sys.exit(0)
-    if args.auto_resume and not (output / "train_results.json").exists():
-        return False  # its checkpoints are torn, else there was one to go on from
     if not args.overwrite_output_dir:
         raise Refused(
             f"--output_dir {output}: holds another run. Choose another directory, go on with it "
@@ -73,35 +89,53 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
     return True
 
 
-def is_finished(output: Path, step: int | None = None) -> bool:
-    """Whether a run has written its final files there, after `step` if that is given, else after its last."""
-    if not (output / "train_results.json").is_file() or not (output / "trainer_state.json").is_file():
+def is_finished(args: TrainingArguments) -> bool:
+    """Whether a run has written its final files in output_dir, at the step of the checkpoint that would go on or at a
+    later one, and no more steps are asked for now."""
+    results, state = (read_if_whole(Path(args.output_dir, name)) for name in FINAL_FILES)
+    done = results.get("global_step", -1)
+    if done != state.get("global_step") or done < step_begun(args):
         return False
-    done, state = (read_json(output / name) for name in ("train_results.json", "trainer_state.json"))
-    return done.get("global_step") == (step or state.get("max_steps"))
+    longer = done < args.max_steps if args.max_steps > 0 else state["epoch"] < args.num_train_epochs
+    return not longer or has_stopped_early(state, args)
 
 
+def has_stopped_early(state: dict[str, Any], args: TrainingArguments) -> bool:
+    """Whether a run ends at the step of its trainer_state.json, for as many evaluations without a better loss as
+    --early_stopping_patience says."""
+    kept = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
+    counter = kept["attributes"]["early_stopping_patience_counter"] if kept else 0
+    return bool(args.early_stopping_patience) and counter >= args.early_stopping_patience
+
+
+def read_if_whole(file: Path) -> dict[str, Any]:
+    """The object in a json file; an empty one where the file is missing or damaged."""
+    try:
+        return read_json(file)
+    except Refused:
+        return {}
+
+
+@refusing_together()
 def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
     """Refuse an output directory that another job writes to, and keep others out until this process ends. All ranks
     must call.
 
     The kernel holds the lock (flock), on a file that stays. It is made when the run is about to `begin`.
     """
-    path, why = Path(args.output_dir, LOCK), None
-    if args.should_save and path not in locks and (begin or path.exists()):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            locks[path] = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")  # noqa: SIM115
-            fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            locks.pop(path).close()
-            why = f"--output_dir {path.parent}: another running job uses it. Choose another directory, or end that job"
-        except OSError as error:
-            if path not in locks:
-                why = f"--output_dir {path.parent}: cannot be written ({error.strerror})"
-            else:
-                note(f"{path.parent}: is not locked, its file system has no locks ({error.strerror})")
-    refuse_together(why)
+    path = Path(args.output_dir, LOCK)
+    if not args.should_save or path in locks or not (begin or path.exists()):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    locks[path] = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")  # noqa: SIM115
+    try:
+        fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        locks.pop(path).close()
+        why = "another running job uses it. Choose another directory, or end that job"
+        raise Refused(f"--output_dir {path.parent}: {why}") from None
+    except OSError as error:
+        note(f"{path.parent}: is not locked, its file system has no locks ({error.strerror})")
 
 
 def check_still_ours(output: Path) -> None:
@@ -113,28 +147,36 @@ def check_still_ours(output: Path) -> None:
             raise FileNotFoundError(errno.ENOENT, "the directory was replaced", str(output))
 
 
+@refusing_together()
 def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:
     """Keep other jobs out, and set an earlier run aside: this one begins. Where it goes on, checkpoints that are newer
-    than its own are of steps that it makes anew. All ranks must call."""
+    than its own are of steps that it makes anew, and it is finished no more. All ranks must call."""
     lock_output_dir(args, begin=True)
-    output = Path(args.output_dir)
     if args.should_save:
-        remove_old_stop_file(output)
-    if earlier_run and args.should_save:
-        place = set_aside(output, files_of_a_run(output))
-        note(f"--overwrite_output_dir: the earlier run in {output} was moved to {place}")
-    elif args.should_save:
-        begun = step_begun(args)
-        for checkpoint in checkpoints_in(output):
-            if step_of(checkpoint) <= begun:
-                continue
-            if is_torn(checkpoint):
-                remove(checkpoint)
-                note(f"{checkpoint.name}: was not whole, removed")
-            else:
-                place = set_aside(output, [checkpoint])
-                note(f"{checkpoint.name}: was moved to {place}: the run goes on from step {begun}")
+        make_way(args, earlier_run)
     keep_step(args, 0)
+
+
+def make_way(args: TrainingArguments, earlier_run: bool) -> None:
+    """Remove an old file `stop`, and set aside what is not this run's any more."""
+    output = Path(args.output_dir)
+    stop = output / STOP_FILE
+    if stop.exists() and stop.stat().st_mtime < float(os.environ[STARTED]):
+        stop.unlink()
+        note(f"{stop}: removed, because it is older than this start")
+    if earlier_run:
+        place = set_aside(output, files_of_a_run(output))
+        return note(f"--overwrite_output_dir: the earlier run in {output} was moved to {place}")
+    begun, moved = step_begun(args), [output / name for name in FINAL_FILES if (output / name).exists()]
+    for checkpoint in checkpoints_in(output):
+        if step_of(checkpoint) > begun and is_torn(checkpoint):
+            remove(checkpoint)
+            note(f"{checkpoint.name}: was not whole, removed")
+        elif step_of(checkpoint) > begun:
+            moved.append(checkpoint)
+    if moved:
+        names, place = ", ".join(path.name for path in moved), set_aside(output, moved)
+        note(f"{names}: moved to {place}, because the run goes on from step {begun}")
 
 
 def step_begun(args: TrainingArguments) -> int:
@@ -151,14 +193,6 @@ def keep_step(args: TrainingArguments, step: int) -> None:
     """Keep the step that was made in the lock, for the launcher, which may start the job again."""
     if lock := locks.get(Path(args.output_dir, LOCK)):
         write_step(lock.fileno(), step)
-
-
-def remove_old_stop_file(output_dir: Path) -> None:
-    """Remove a file `stop` that is older than the start of this job, and say so."""
-    file = output_dir / STOP_FILE
-    if file.exists() and file.stat().st_mtime < float(os.environ[STARTED]):
-        file.unlink()
-        note(f"{file}: removed, because it is older than this start")
 
 
 def files_of_a_run(output: Path) -> list[Path]:

@@ -18,16 +18,17 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from sft.arguments import DataArguments, ModelArguments
 from sft.data.tokenized import tokenizer_digest
-from sft.messages import Refused, note, read_json
+from sft.messages import Refused, choice, note, read_json
 from sft.model.adapter_base import base_digest, check_base
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE, write_json
 from sft.model.load import fetch, open_directory
 from sft.model.pretrained import load_tokenizer
 from sft.model.weight_files import INDEX, open_tensors
+from sft.training.choose import fault_on_any_rank, kind_of
 from sft.training.environment import ranks_of_this_disk
 from sft.training.go_on import losses_so_far
-from sft.training.output_dir import is_finished, lock_output_dir
+from sft.training.output_dir import has_stopped_early, read_if_whole
 from sft.training.progress import Meter
 from sft.training.record import compare, record_start
 from sft.training.reshard import check_shards, report_epoch_end, saved_by
@@ -36,11 +37,12 @@ from sft.training.save import save_dtype
 
 @dataclass
 class Start:
-    """What a run starts from: a model directory, its tokenizer, and a checkpoint if the run goes on from one."""
+    """What a run starts from: a model directory and its tokenizer; if it goes on, its checkpoint and the best one."""
 
     directory: ModelDirectory
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Path | None
+    best: Path | None = None
 
 
 def find_start(args: ModelArguments, data: DataArguments, training: TrainingArguments) -> Start:
@@ -66,7 +68,7 @@ def find_start(args: ModelArguments, data: DataArguments, training: TrainingArgu
         base = open_directory(replace(args, model_name_or_path=named))
         what = f"--model_name_or_path {named}: is not the base of the run"
         compare(training.record, "base", base_digest(base), what, training.resume_anyway)
-    return Start(directory, tokenizer, checkpoint)
+    return Start(directory, tokenizer, checkpoint, find_best(checkpoint, training) if checkpoint else None)
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
@@ -105,6 +107,30 @@ def find_checkpoint(args: ModelArguments, training: TrainingArguments) -> Path |
             raise Refused(f"{directory}: its adapter_config.json names no base: give --model_name_or_path")
     args.tokenizer_name_or_path = args.tokenizer_name_or_path or str(directory)
     return directory
+
+
+def find_best(checkpoint: Path, args: TrainingArguments) -> Path | None:
+    """The best checkpoint of the run so far: beside the one that it goes on from, because the run's directory may have
+    been moved or copied, else where it was saved. None where there is none. All ranks must call.
+
+    Refuses one that --load_best_model_at_end may have to load and that is gone or not whole; with --resume_anyway a
+    line says so.
+    """
+    saved = read_trainer_state(checkpoint).get("best_model_checkpoint")
+    if saved is None or Path(saved).name == checkpoint.name:
+        return saved and checkpoint
+    places = [path.with_name(Path(saved).name) for path in (checkpoint, checkpoint.resolve())]
+    best = next((place for place in (*places, Path(saved)) if place.is_dir()), places[0])
+    if best.is_dir() and best.resolve() != Path(saved).resolve():
+        choice("best checkpoint", best, f"it was saved as {saved}")
+    fault = fault_on_any_rank(best, vars(args)) if args.load_best_model_at_end else None
+    if fault is None or kind_of(best) == kind_of(checkpoint) == "foreign":  # it was asked for
+        return best if best.is_dir() else None
+    what = f"{best}: is the run's best checkpoint and is not whole: {fault[0]}: {fault[1]}"
+    if not args.resume_anyway:
+        raise Refused(f"{what}. To go on without it: --load_best_model_at_end false, or --resume_anyway")
+    note(f"--resume_anyway: not exact: {what}")
+    return None
 
 
 def check_training_state(checkpoint: Path, args: TrainingArguments) -> None:
@@ -157,32 +183,29 @@ def steps_left(checkpoint: Path, args: TrainingArguments, num_examples: int, giv
         batches = whole(whole(num_examples / args.per_device_train_batch_size) / args.world_size)
         epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
         end = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    if has_stopped_early(state, args):
+        return 0
     if end > state["global_step"]:
         check_training_state(checkpoint, args)
         report_epoch_end(args.record.get("processes", args.world_size), args, num_examples)
     return max(0, end - state["global_step"])
 
 
-def write_final_files(
-    checkpoint: Path, directory: ModelDirectory, args: TrainingArguments, any_base: bool, figures: dict[str, Any]
-) -> None:
-    """Write the final files of a run whose last step is in the checkpoint: no step is left to make. All ranks must
-    call.
+def write_final_files(start: Start, args: TrainingArguments, any_base: bool, figures: dict[str, Any]) -> None:
+    """Write the final files of a run whose last step is in the checkpoint that it goes on from: no step is left to
+    make. All ranks must call.
 
     Args:
         any_base: an adapter's files go on naming the base that the checkpoint names, and not the one that is used.
         figures: for train_results.json, beside the step and the mean loss.
     """
-    output, state = Path(args.output_dir), read_trainer_state(checkpoint)
-    if args.auto_resume and is_finished(output, state["global_step"]):
-        return note(f"{output}: the run is finished, it stays as it is")
+    checkpoint, directory, output = Path(start.checkpoint or ""), start.directory, Path(args.output_dir)
+    state = read_trainer_state(checkpoint)
     note(f"{checkpoint} is the end of a finished run: no step is left, its final files are written")
-    lock_output_dir(args, begin=True)  # all ranks have looked at output_dir then
     if not args.should_save:
         return
     output.mkdir(parents=True, exist_ok=True)
-    best = checkpoint.with_name(Path(state.get("best_model_checkpoint") or checkpoint).name)
-    weights = best if args.load_best_model_at_end and best.is_dir() else checkpoint
+    weights = start.best if args.load_best_model_at_end and start.best else checkpoint
     is_adapter = (checkpoint / "adapter_config.json").is_file()
     dtype = torch.float32 if is_adapter else save_dtype(args)
     total_size = 0
@@ -202,11 +225,8 @@ def write_final_files(
     directory.write(output, None if is_adapter else dtype)
     for name in ("trainer_state.json", "training_args.bin"):
         shutil.copyfile(checkpoint / name, output / name)
-    if not (output / "train_results.json").exists():
+    if read_if_whole(output / "train_results.json").get("global_step") != state["global_step"]:
         losses = losses_so_far(state)
         mean = (losses["logged"] + losses["unlogged"]) / state["global_step"]
-        unknown = dict.fromkeys(Meter.FIGURES)
-        write_json(
-            output / "train_results.json",
-            figures | unknown | {"global_step": state["global_step"], "train_loss": mean},
-        )
+        results = {"global_step": state["global_step"], "train_loss": mean}
+        write_json(output / "train_results.json", figures | dict.fromkeys(Meter.FIGURES) | results)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from sft import stopping
 from sft.messages import note
@@ -60,9 +61,10 @@ class StopOnRequest(TrainerCallback):
         return bool(self.asked)
 
     def stop(self, args, control) -> None:
-        """Let the Trainer save and stop; at the next step where it would evaluate and save only what is better."""
-        if not (control.should_evaluate and args.save_strategy == "best"):
-            control.should_save = control.should_training_stop = self.stopping = True
+        """Let the Trainer save and stop."""
+        if args.save_strategy == "best":  # an evaluation at this step would save only what is better
+            args.save_strategy = SaveStrategy.STEPS
+        control.should_save = control.should_training_stop = self.stopping = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopping:  # in the middle of the epoch
