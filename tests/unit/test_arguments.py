@@ -81,6 +81,11 @@ def test_bf16_needs_no_use_cpu_on_a_cpu():
         ([*BASE, "--min_lr", "1"], "--min_lr 1 is above --learning_rate"),
         ([*BASE, "--warmup_ratio", "2"], "--warmup_ratio 2.0"),
         ([*BASE, "--deepspeed", "nowhere.json"], "--deepspeed nowhere.json: no such file"),
+        ([*BASE, "--early_stopping_patience", "2"], "--early_stopping_patience: there are no rows to evaluate on"),
+        (
+            [*BASE, "--early_stopping_patience", "2", "--eval_split", "0.1", "--eval_strategy", "no"],
+            "--early_stopping_patience: nothing is evaluated with --eval_strategy no",
+        ),
         (["--use_cpu"], "--output_dir is not given"),
         (["nowhere.yaml"], "nowhere.yaml: cannot be read"),
     ],

@@ -222,16 +222,16 @@ def at_least(values: dict[str, Any], least: float, *names: str) -> None:
 def choose_evaluation(values: dict[str, Any]) -> None:
     """With rows to evaluate on, evaluate when a checkpoint is saved, unless told otherwise; refuse what needs such
     rows where there are none."""
-    values["per_device_eval_batch_size"] = (
-        values["per_device_eval_batch_size"] or values["per_device_train_batch_size"]
-    )
+    size = "per_device_eval_batch_size"
+    values[size] = values[size] or values["per_device_train_batch_size"]
     saving = str(values["save_strategy"])
     rows = values["eval_data_file"] or values["eval_split"] is not None
     needing = {"eval_strategy": values["eval_strategy"] not in (None, "no"), "save_strategy": saving == "best"}
     needing |= {name: bool(values[name]) for name in ("early_stopping_patience", "load_best_model_at_end")}
-    if not rows and any(needing.values()):
-        name = next(name for name, needs in needing.items() if needs)
+    if not rows and (name := next((name for name, needs in needing.items() if needs), None)):
         raise Refused(f"--{name}: there are no rows to evaluate on: --eval_data_file or --eval_split")
+    if values["early_stopping_patience"] and values["eval_strategy"] == "no":
+        raise Refused("--early_stopping_patience: nothing is evaluated with --eval_strategy no")
     if any(needing.values()) and values["metric_for_best_model"] is None:
         values["metric_for_best_model"] = "loss"
     if values["metric_for_best_model"] not in (None, "loss", "eval_loss"):

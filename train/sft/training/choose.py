@@ -5,6 +5,7 @@ Refused (exit code 2): a checkpoint that is not whole, a run's directory without
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,15 @@ def run_or_checkpoint(named: str, output_dir: str | None, agree: Callable[[str],
 
 def newest_whole(run: Path, given: dict[str, Any], refuses_foreign: bool = True) -> Path | None:
     """The newest checkpoint of a run that is whole on every disk; prints a line for each newer one. Refuses a run that
-    has only checkpoints of an earlier release or another program."""
-    steps = {step for ranks in from_all_ranks([step_of(path) for path in checkpoints_in(run)]) for step in ranks}
+    has only checkpoints of an earlier release or another program, and one on a shared disk that a rank does not see.
+    """
+    seen = from_all_ranks([step_of(path) for path in checkpoints_in(run)])
+    shared = any("false" in saved_on_each_node(path) for path in checkpoints_in(run))
+    if any(from_all_ranks(shared)) and [] in seen:
+        rank = seen.index([])
+        raise Refused(f"{run}: rank {rank} does not see the checkpoints in it: is it mounted on that rank's machine?")
     foreign = None
-    for step in sorted(steps, reverse=True):
+    for step in sorted(set().union(*seen), reverse=True):
         checkpoint = run / f"checkpoint-{step}"
         fault = fault_on_any_rank(checkpoint, given)
         if fault is None:
@@ -118,10 +124,16 @@ def those_beside(place: Path) -> str:
 
 def fault_on_any_rank(checkpoint: Path, given: dict[str, Any]) -> tuple[str, str] | None:
     """(file, what is wrong with it) of the first rank that finds something. All ranks must call."""
-    rank, text = int(os.environ.get("RANK", 0)), ""
-    with contextlib.suppress(OSError):
-        text = (checkpoint / MANIFEST).read_text(encoding="utf-8", errors="replace")
-    own_disk = '"save_on_each_node": true' in text and os.environ.get("LOCAL_RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", 0))
+    own_disk = "true" in saved_on_each_node(checkpoint) and os.environ.get("LOCAL_RANK", "0") == "0"
     verify = bool(given.get("verify_checkpoints"))
     fault = find_fault(checkpoint, rank, number_of_processes(), rank == 0 or own_disk, verify)
     return next((tuple(found) for found in from_all_ranks(fault) if found), None)
+
+
+def saved_on_each_node(checkpoint: Path) -> str:
+    """What its manifest says of --save_on_each_node; empty where there is no manifest or it is damaged."""
+    with contextlib.suppress(OSError):
+        text = (checkpoint / MANIFEST).read_text(encoding="utf-8", errors="replace")
+        return (re.findall(r'"save_on_each_node": (true|false)', text) or [""])[0]
+    return ""
