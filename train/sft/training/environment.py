@@ -118,8 +118,8 @@ def number_of_processes() -> int:
 
 
 def from_all_ranks(value: Any) -> list[Any]:
-    """What each rank has called this with, by rank: values that json knows. By the rendezvous's store: there is no
-    process group yet. All ranks must call."""
+    """What each rank has called this with, by rank: values that json knows. By the rendezvous's store: there may be no
+    process group yet, or another thread uses it. All ranks must call, from one thread at a time."""
     if number_of_processes() == 1:
         return [value]
     store, rank, size = _meeting()
@@ -135,7 +135,8 @@ def from_all_ranks(value: Any) -> list[Any]:
 @functools.cache  # rank 0 serves the store for as long as it is kept
 def _meeting() -> tuple[torch.distributed.Store, int, int]:
     store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timedelta(minutes=30)))
-    return torch.distributed.PrefixStore("before the process group", store), rank, size
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the ranks
+    return torch.distributed.PrefixStore(f"ours {attempt}", store), rank, size
 
 
 def ranks_of_this_disk(args: transformers.TrainingArguments) -> range:
