@@ -25,6 +25,7 @@ def arguments(**more):
         "world_size": 1,
         "save_on_each_node": False,
         "resume_anyway": False,
+        "auto_resume": False,
         "dataloader_drop_last": False,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
@@ -149,6 +150,9 @@ def test_a_best_checkpoint_that_may_be_needed_is_whole(checkpoint, tmp_path, cap
     needs, best = arguments(load_best_model_at_end=True), checkpoint.parent / "checkpoint-4"
     with pytest.raises(Refused, match=rf"{best}: is the run's best .* manifest\.json: missing\. To go on without"):
         find_best(checkpoint, needs)
+    # rotation kept the best of a newer checkpoint, which is damaged
+    assert find_best(checkpoint, arguments(load_best_model_at_end=True, auto_resume=True)) is None
+    assert f"not exact: {best}: is the run's best checkpoint" in capsys.readouterr().out
     best.mkdir()
     (best / "model.safetensors").write_text("weights")
     args = arguments(load_best_model_at_end=True, process_index=0, should_save=True)

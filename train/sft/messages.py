@@ -62,7 +62,7 @@ def masked(value: Any) -> Any:
         return value
     known = given_secrets | {secret for name, secret in os.environ.items() if is_secret(name)}
     for secret in sorted(known, key=len, reverse=True):
-        value = value.replace(secret, MASK) if len(secret) > 7 else value
+        value = value.replace(secret, MASK) if len(secret) > 7 and not os.path.isabs(secret) else value
     for pattern in IN_URLS:
         value = re.sub(pattern, rf"\1{MASK}\2", value)
     return value

@@ -5,7 +5,6 @@ Refused (exit code 2): a checkpoint that is not whole, a run's directory without
 
 import contextlib
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,13 +55,14 @@ def run_or_checkpoint(named: str, output_dir: str | None, agree: Callable[[str],
 
 def newest_whole(run: Path, given: dict[str, Any], refuses_foreign: bool = True) -> Path | None:
     """The newest checkpoint of a run that is whole on every disk; prints a line for each newer one. Refuses a run that
-    has only checkpoints of an earlier release or another program, and one on a shared disk that a rank does not see.
-    """
+    has only checkpoints of an earlier release or another program, and one of which a rank sees nothing."""
     seen = from_all_ranks([step_of(path) for path in checkpoints_in(run)])
-    shared = any("false" in saved_on_each_node(path) for path in checkpoints_in(run))
-    if any(from_all_ranks(shared)) and [] in seen:
-        rank = seen.index([])
-        raise Refused(f"{run}: rank {rank} does not see the checkpoints in it: is it mounted on that rank's machine?")
+    saved = any(from_all_ranks(any((path / MANIFEST).exists() for path in checkpoints_in(run))))
+    if saved and [] in seen and not given.get("overwrite_output_dir"):
+        raise Refused(
+            f"{run}: rank {seen.index([])} does not see the checkpoints in it: is it mounted on that rank's machine? "
+            "To begin at step 0: --overwrite_output_dir"
+        )
     foreign = None
     for step in sorted(set().union(*seen), reverse=True):
         checkpoint = run / f"checkpoint-{step}"
@@ -124,16 +124,10 @@ def those_beside(place: Path) -> str:
 
 def fault_on_any_rank(checkpoint: Path, given: dict[str, Any]) -> tuple[str, str] | None:
     """(file, what is wrong with it) of the first rank that finds something. All ranks must call."""
-    rank = int(os.environ.get("RANK", 0))
-    own_disk = "true" in saved_on_each_node(checkpoint) and os.environ.get("LOCAL_RANK", "0") == "0"
+    rank, text = int(os.environ.get("RANK", 0)), ""
+    with contextlib.suppress(OSError):
+        text = (checkpoint / MANIFEST).read_text(encoding="utf-8", errors="replace")
+    own_disk = '"save_on_each_node": true' in text and os.environ.get("LOCAL_RANK", "0") == "0"
     verify = bool(given.get("verify_checkpoints"))
     fault = find_fault(checkpoint, rank, number_of_processes(), rank == 0 or own_disk, verify)
     return next((tuple(found) for found in from_all_ranks(fault) if found), None)
-
-
-def saved_on_each_node(checkpoint: Path) -> str:
-    """What its manifest says of --save_on_each_node; empty where there is no manifest or it is damaged."""
-    with contextlib.suppress(OSError):
-        text = (checkpoint / MANIFEST).read_text(encoding="utf-8", errors="replace")
-        return (re.findall(r'"save_on_each_node": (true|false)', text) or [""])[0]
-    return ""

@@ -57,6 +57,7 @@ class FiniteWatch(TrainerCallback):
         ranks = enumerate(gather_object([self.non_finite_loss()]))
         if found := [(loss, f"on rank {rank} ({rows})") for rank, (loss, rows) in ranks if loss is not None]:
             places = first_few([place for _, place in found])
+            trainer.finish_save()
             stop(f"stopped: the loss is {found[0][0]} at step {step} {places}")
         scaled = trainer.accelerator.scaler or trainer.deepspeed and trainer.deepspeed.fp16_enabled()
         if norm is None or scaled:  # a scaled loss makes such gradients when its scale is too high

@@ -73,8 +73,10 @@ class RestOfSave:
         except Exception as error:
             self.work.set_exception(error)
 
-    def wait(self) -> None:
-        """Wait for it, and raise what it has raised."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for it, and raise what it has raised; OSError where it takes longer."""
+        if not concurrent.futures.wait([self.work], seconds).done:
+            raise OSError(f"{self.checkpoint} could not be made whole in {seconds} s")
         self.work.result()
 
 
@@ -89,7 +91,7 @@ def write_manifest(checkpoint: Path, args: TrainingArguments) -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:  # reading and hashing release the GIL
         entries = pool.map(entry_of, mine, [args.verify_checkpoints] * len(mine))
         own = {path.relative_to(checkpoint).as_posix(): entry for path, entry in zip(mine, entries)}
-    ranks = from_all_ranks(own)
+    ranks = from_all_ranks(own) if args.world_size > 1 else [own]
     if args.should_save:
         files = {name: entry for theirs in ranks[disk.start : disk.stop] for name, entry in theirs.items()}
         deadline = time.monotonic() + SEEN_WITHIN

@@ -44,7 +44,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         given["resume_from_checkpoint"] = str(checkpoint)
         read_trainer_state(checkpoint)
         earlier = read_record(checkpoint)
-        values = go_on_with(earlier, given)
+        with refusing():
+            values = go_on_with(earlier, given)
         steps = steps_for_ranks(earlier, values, environment.number_of_processes())
     chosen = values | ({"gradient_accumulation_steps": steps} if steps else {})
     arguments.check_values(chosen)

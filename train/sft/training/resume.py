@@ -127,9 +127,10 @@ def find_best(checkpoint: Path, args: TrainingArguments) -> Path | None:
     if fault is None or kind_of(best) == kind_of(checkpoint) == "foreign":  # it was asked for
         return best if best.is_dir() else None
     what = f"{best}: is the run's best checkpoint and is not whole: {fault[0]}: {fault[1]}"
-    if not args.resume_anyway:
+    deleted = args.auto_resume and not best.is_dir()  # by the rotation after a newer checkpoint, which is damaged
+    if not args.resume_anyway and not deleted:
         raise Refused(f"{what}. To go on without it: --load_best_model_at_end false, or --resume_anyway")
-    note(f"--resume_anyway: not exact: {what}")
+    note(f"not exact: {what}" if deleted else f"--resume_anyway: not exact: {what}")
     return None
 
 

@@ -209,7 +209,8 @@ class Trainer(OtherRanks):
     def finish_save(self) -> None:
         """Wait until the last checkpoint is whole."""
         with failing_together(partial(why_not_saved, self.rest_of_save.checkpoint, 0)):
-            self.rest_of_save.wait()
+            self.accelerator.wait_for_everyone()  # fails where a rank is gone
+            self.rest_of_save.wait(self.args.ddp_timeout)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Do nothing but for FSDP: load_model has read the weights already, and the Trainer would miss the experts."""
