@@ -30,6 +30,7 @@ RUN = "run.json"
 SAMPLED_ABOVE = 1 << 30  # bytes
 BLOCK, BLOCKS = 1 << 20, 256  # a sample: bytes of each block, number of blocks
 AT_ONCE = 4  # files that a rank hashes at the same time
+Hashed = dict[str, Future[dict[str, Any]]]  # {relative path: what the manifest says of the file}
 SEEN_WITHIN = 60  # seconds, of a file that another node has written on a shared disk
 
 
@@ -61,12 +62,13 @@ class RestOfSave:
     def begin(self, checkpoint: Path, args: TrainingArguments, limit: int | None, best: str | None) -> None:
         """Begin it on this rank. All ranks must call, after the save; see rotate()."""
         self.checkpoint, self.work = checkpoint, Future()
-        threading.Thread(target=self.complete, args=(args, limit, best), daemon=True).start()
+        hashed = begin_hashing(checkpoint, args)  # here: a process that ends takes on no work, but ends what it has
+        threading.Thread(target=self.complete, args=(hashed, args, limit, best), daemon=True).start()
 
-    def complete(self, args: TrainingArguments, limit: int | None, best: str | None) -> None:
+    def complete(self, hashed: Hashed, args: TrainingArguments, limit: int | None, best: str | None) -> None:
         """The work itself."""
         try:
-            write_manifest(self.checkpoint, args)
+            write_manifest(self.checkpoint, args, hashed)
             if args.should_save:
                 rotate(self.checkpoint.parent, limit, best, step_of(self.checkpoint))
             self.work.set_result(None)
@@ -80,17 +82,21 @@ class RestOfSave:
         self.work.result()
 
 
-def write_manifest(checkpoint: Path, args: TrainingArguments) -> None:
-    """Make a checkpoint whole: hash every file and rename the manifest in. All ranks must call, after the save: each
-    hashes the files that it has just written, from the page cache. Raises OSError where the saving rank does not see
-    another's files."""
+def begin_hashing(checkpoint: Path, args: TrainingArguments) -> Hashed:
+    """Hash the files that this rank has just written, from the page cache, in threads: that releases the GIL."""
     rank, disk = args.process_index, ranks_of_this_disk(args)
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     owners = {path: rank_in(path.name) for path in paths}
     mine = [path for path in paths if owners[path] == rank or args.should_save and owners[path] not in disk]
-    with ThreadPoolExecutor(AT_ONCE) as pool:  # reading and hashing release the GIL
-        entries = pool.map(entry_of, mine, [args.verify_checkpoints] * len(mine))
-        own = {path.relative_to(checkpoint).as_posix(): entry for path, entry in zip(mine, entries)}
+    pool = ThreadPoolExecutor(AT_ONCE)
+    return {p.relative_to(checkpoint).as_posix(): pool.submit(entry_of, p, args.verify_checkpoints) for p in mine}
+
+
+def write_manifest(checkpoint: Path, args: TrainingArguments, hashed: Hashed | None = None) -> None:
+    """Make a checkpoint whole: rename its manifest in, once every file is hashed. All ranks must call, after the save.
+    Raises OSError where the saving rank does not see another's files."""
+    disk, hashed = ranks_of_this_disk(args), begin_hashing(checkpoint, args) if hashed is None else hashed
+    own = {name: entry.result() for name, entry in hashed.items()}
     ranks = from_all_ranks(own) if args.world_size > 1 else [own]
     if args.should_save:
         files = {name: entry for theirs in ranks[disk.start : disk.stop] for name, entry in theirs.items()}

@@ -185,6 +185,7 @@ def steps_left(checkpoint: Path, args: TrainingArguments, num_examples: int, giv
         epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
         end = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
     if has_stopped_early(state, args):
+        note(f"{checkpoint}: early stopping has ended the run; a greater --early_stopping_patience goes on")
         return 0
     if end > state["global_step"]:
         check_training_state(checkpoint, args)

@@ -202,7 +202,7 @@ class Trainer(OtherRanks):
             super()._save_checkpoint(model, trial)
             if args.save_on_each_node and args.should_save and self.is_deepspeed_enabled:
                 write_deepspeed_latest(checkpoint)
-        self.rest_of_save.begin(checkpoint, args, self.save_total_limit, self.state.best_model_checkpoint)
+            self.rest_of_save.begin(checkpoint, args, self.save_total_limit, self.state.best_model_checkpoint)
         if self.control.should_training_stop or self.finite.stops:
             self.finish_save()
 
