@@ -129,6 +129,16 @@ def example_rows() -> Path:
 
 
 @pytest.fixture(scope="session")
+def train_and_eval_rows(example_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(training rows, 13 rows to evaluate on): not a multiple of any batch."""
+    folder = tmp_path_factory.mktemp("rows")
+    lines = example_rows.read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[:100]), encoding="utf-8")
+    (folder / "eval.jsonl").write_text("".join(lines[100:113]), encoding="utf-8")
+    return folder / "train.jsonl", folder / "eval.jsonl"
+
+
+@pytest.fixture(scope="session")
 def format_tokenizer(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
     """`format_tokenizer(name)`: the tokenizer of a format of FORMATS, or A13B's: `hy` (real vocabulary), `example`."""
     from transformers import AutoTokenizer

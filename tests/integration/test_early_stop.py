@@ -13,24 +13,15 @@ STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def rows(example_rows, tmp_path_factory):
-    """(training rows, 13 rows to evaluate on)"""
-    folder = tmp_path_factory.mktemp("rows")
-    lines = example_rows.read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "train.jsonl").write_text("".join(lines[:100]), encoding="utf-8")
-    (folder / "eval.jsonl").write_text("".join(lines[100:113]), encoding="utf-8")
-    return folder / "train.jsonl", folder / "eval.jsonl"
-
-
-@pytest.fixture(scope="module")
-def stopped(rows, model_dir, example_tokenizer_dir, run_train, tmp_path_factory):
+def stopped(train_and_eval_rows, model_dir, example_tokenizer_dir, run_train, tmp_path_factory):
     """A run that an evaluation has ended: its flags but the directory, the directory, its steps.
 
     The learning rate is so high that the loss soon gets worse.
     """
     out = tmp_path_factory.mktemp("stopped") / "out"
-    flags = ["--model_name_or_path", model_dir("dense", example_tokenizer_dir), "--train_data_file", rows[0]]
-    flags += ["--eval_data_file", rows[1], "--max_steps", STEPS, "--eval_steps", 2, "--save_steps", 2]
+    rows, eval_rows = train_and_eval_rows
+    flags = ["--model_name_or_path", model_dir("dense", example_tokenizer_dir), "--train_data_file", rows]
+    flags += ["--eval_data_file", eval_rows, "--max_steps", STEPS, "--eval_steps", 2, "--save_steps", 2]
     flags += ["--per_device_train_batch_size", 4, "--lr_scheduler_type", "constant", "--learning_rate", 3]
     flags += ["--load_best_model_at_end", "--early_stopping_patience", 2, "--logging_steps", 1, "--report_to", "none"]
     run = run_train([*flags, "--output_dir", out])
@@ -117,7 +108,7 @@ def test_final_files_that_the_disk_refuses(stopped, run_here, tmp_path):
     assert "Traceback" not in run.stderr and not (tmp_path / "train_results.json").exists()
 
 
-def test_a_checkpoint_of_an_epochs_end_has_what_is_done_there(stopped, rows, run_train, tmp_path):
+def test_a_checkpoint_of_an_epochs_end_has_what_is_done_there(stopped, run_train, tmp_path):
     """The evaluation and the log entry of that epoch, of 25 steps, where checkpoints are saved by steps."""
     flags = [*stopped.flags, "--load_best_model_at_end", "False", "--eval_strategy", "epoch", "--save_steps", 25]
     flags += ["--logging_strategy", "epoch", "--learning_rate", 0.5, "--early_stopping_patience", 1]

@@ -12,16 +12,6 @@ import reference
 from conftest import EXAMPLE_TOKENIZER
 
 
-@pytest.fixture(scope="module")
-def rows(example_rows, tmp_path_factory):
-    """(training rows, 13 rows to evaluate on): not a multiple of any batch."""
-    folder = tmp_path_factory.mktemp("rows")
-    lines = example_rows.read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "train.jsonl").write_text("".join(lines[:100]), encoding="utf-8")
-    (folder / "eval.jsonl").write_text("".join(lines[100:113]), encoding="utf-8")
-    return folder / "train.jsonl", folder / "eval.jsonl"
-
-
 def loss_on(model_dir: Path, rows_file: Path) -> float:
     """Mean over all supervised tokens, each row by itself."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
@@ -60,11 +50,14 @@ CASES = [
 
 
 @pytest.mark.parametrize("way", CASES)
-def test_the_best_checkpoint_is_the_final_model(way, rows, model_dir, example_tokenizer_dir, run_train, tmp_path):
+def test_the_best_checkpoint_is_the_final_model(
+    way, train_and_eval_rows, model_dir, example_tokenizer_dir, run_train, tmp_path
+):
     """The learning rate is so high that the loss soon gets worse: the run ends early, not with its last weights."""
     flags, ranks = WAYS[way]
+    rows, eval_rows = train_and_eval_rows
     model, out = model_dir("moe", example_tokenizer_dir), tmp_path / "out"
-    args = ["--model_name_or_path", model, "--train_data_file", rows[0], "--eval_data_file", rows[1]]
+    args = ["--model_name_or_path", model, "--train_data_file", rows, "--eval_data_file", eval_rows]
     args += ["--output_dir", out, "--max_steps", 60, "--eval_steps", 2, "--save_steps", 2, "--logging_steps", 1]
     args += ["--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 4, "--lr_scheduler_type", "constant"]
     args += ["--learning_rate", 10.0 if "--use_lora" in flags else 0.5, "--save_only_model", "false"]
@@ -77,9 +70,9 @@ def test_the_best_checkpoint_is_the_final_model(way, rows, model_dir, example_to
     assert losses[-1] > losses[best] + 1e-3
 
     if "--use_lora" in flags:
-        name, found = "adapter_model.safetensors", run_merged_loss(model, out, rows[1])
+        name, found = "adapter_model.safetensors", run_merged_loss(model, out, eval_rows)
     else:
-        name, found = "model.safetensors", loss_on(out, rows[1])
+        name, found = "model.safetensors", loss_on(out, eval_rows)
     assert found == pytest.approx(losses[best], abs=1e-5), "of the final directory, by a plain loop"
     checkpoint = out / f"checkpoint-{2 * (best + 1)}"
     ours, kept = load_file(out / name), load_file(checkpoint / name)

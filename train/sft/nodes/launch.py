@@ -27,6 +27,7 @@ from sft.nodes.preflight import examine, number_from, read_nodes
 from sft.nodes.ssh import Node
 from sft.processes import forget_step, free_port, step_made
 from sft.stopping import BEFORE_THE_FIRST_STEP, EXIT_STOPPED, SIGNALS, end_at_signals, not_ignored, write_line
+from sft.training.manifest import MANIFEST, checkpoints_in, step_of
 
 FORWARDED = (
     "NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_", "CUDA_", "DS_", "WANDB_", "PYTORCH_", "TRANSFORMERS_", "TQDM_",
@@ -109,13 +110,12 @@ def launch(command: list[str], given: dict[str, Any], log: Path | None) -> int:
 
 def words_at_a_stop(output: Path) -> str:
     """What one is told who stops a job that is started again, before it has made a new step."""
-    saved = [path.parent.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*/manifest.json")]
-    step = max((int(name) for name in saved if name.isdigit()), default=None)
-    if step is None:
+    saved = [path for path in checkpoints_in(output) if (path / MANIFEST).exists()]
+    if not saved:
         return GO_ON_LATER
-    newest, begin = output / f"checkpoint-{step}", os.environ.get("GO_ON_WITH", "bash train.sh")
+    newest, begin = saved[-1], os.environ.get("GO_ON_WITH", "bash train.sh")
     command = f"{begin} --resume_from_checkpoint {shlex.quote(str(newest))}"
-    return f"stopped on request at step {step}. Last checkpoint: {newest}. Continue with:\n{command}"
+    return f"stopped on request at step {step_of(newest)}. Last checkpoint: {newest}. Continue with:\n{command}"
 
 
 def run_once(command: list[str], given: dict[str, Any], log: Path | None) -> tuple[Failure | None, bool]:

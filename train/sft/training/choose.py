@@ -56,8 +56,9 @@ def run_or_checkpoint(named: str, output_dir: str | None, agree: Callable[[str],
 def newest_whole(run: Path, given: dict[str, Any], refuses_foreign: bool = True) -> Path | None:
     """The newest checkpoint of a run that is whole on every disk; prints a line for each newer one. Refuses a run that
     has only checkpoints of an earlier release or another program, and one of which a rank sees nothing."""
-    seen = from_all_ranks([step_of(path) for path in checkpoints_in(run)])
-    saved = any(from_all_ranks(any((path / MANIFEST).exists() for path in checkpoints_in(run))))
+    here = checkpoints_in(run)
+    seen = from_all_ranks([step_of(path) for path in here])
+    saved = any(from_all_ranks(any((path / MANIFEST).exists() for path in here)))
     if saved and [] in seen and not given.get("overwrite_output_dir"):
         raise Refused(
             f"{run}: rank {seen.index([])} does not see the checkpoints in it: is it mounted on that rank's machine? "
