@@ -30,7 +30,7 @@ def run_as_rank() -> None:
         if asks:
             ask(self, args, state, control)
         elif self.answers:
-            self.any_was_asked()
+            self.greatest()
         if asks:
             inside.append(time.perf_counter() - began)
         if state.global_step % BLOCK:  # the first of a block is neither

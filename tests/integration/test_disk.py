@@ -93,6 +93,25 @@ def test_a_disk_that_fills(kind, flags, mount):
 
 
 @kinds("one")
+def test_the_manifest_has_no_room(kind, flags, mount):
+    """The files of a checkpoint have been written, and the disk holds no more: told at one of the next steps, and not
+    at the next save."""
+    more = [*KINDS[kind][0], "--report_to", "none"]
+    disk = mount("-t", "tmpfs", "tmpfs")
+    run = start(kind, [*flags, *more, "--output_dir", disk / "out", "--max_steps", 2])
+    assert run.returncode == 0, run.stderr[-3000:]
+    held = len(list((disk / "out/checkpoint-2").rglob("*"))) - 1  # not the manifest
+    shutil.rmtree(disk / "out")
+    mount("-o", f"remount,nr_inodes={held + 4}")  # beside the disk, the run's and the checkpoint's directory, .lock
+    run = start(kind, [*flags, *more, "--output_dir", disk / "out", "--max_steps", 400, "--save_steps", 40])
+    check_failed(
+        run, r"checkpoint-40 could not be saved: No space left on device: \S+ \w+ are free in \S+/out\. Newest"
+    )
+    steps = [int(step) for step in re.findall(r"^step (\d+)/", run.stdout, re.MULTILINE)]
+    assert 40 <= max(steps) < 60
+
+
+@kinds("one")
 def test_a_limit_on_the_size_of_files(kind, flags, tmp_path):
     """The second save meets it: RLIMIT_FSIZE, as `ulimit -f` sets it."""
     script, out = tmp_path / "limited.py", tmp_path / "out"

@@ -190,20 +190,51 @@ def zero(stage=2, **more):
 
 
 def test_a_deepspeed_file_is_its_stage_and_offload():
-    found = zero_of({**zero(3, offload_optimizer={"device": "cpu"}), "gradient_clipping": 1.0})
-    assert found["deepspeed"] == "ZeRO-3, offload to cpu and none" and found["deepspeed gradient_clipping"] == 1.0
-    assert zero_of(zero(2))["deepspeed"] == "ZeRO-2" and zero_of(None) == {"deepspeed": "none"}
+    found = zero_of({**zero(3, offload_optimizer={"device": "cpu"}), "sparse_gradients": True}, {})
+    assert found["deepspeed"] == "ZeRO-3, offload to cpu and none" and found["deepspeed sparse_gradients"] is True
+    assert zero_of(zero(2), {})["deepspeed"] == "ZeRO-2" and zero_of(None, {}) == {"deepspeed": "none"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"bf16": {"enabled": True}}, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0}}),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}}, {"bf16": {"enabled": True}, "fp16": {}}),
+        ({"prescale_gradients": False, "amp": {"enabled": False}, "data_types": {"grad_accum_dtype": None}}, {}),
+        ({"gradient_accumulation_steps": 4}, {"gradient_accumulation_steps": "auto"}),
+        ({"optimizer": {"params": {"lr": 1e-5}}}, {"optimizer": {"params": {"lr": "auto"}}}),
+        (zero(cpu_offload=False, zenflow=False, offload_param={}), zero()),
+    ],
+)  # fmt: skip
+def test_files_that_mean_the_same_are_the_same(one, other):
+    flags = {"bf16": True}
+    assert zero_of(zero() | one, flags) == zero_of(zero() | other, flags)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"bf16": {"enabled": "auto"}}, {}),
+        ({"bf16": {"enabled": "auto"}}, {"bf16": {"enabled": "auto", "immediate_grad_update": True}}),
+        ({"gradient_clipping": "auto"}, {}),
+        ({"zero_force_ds_cpu_optimizer": False}, {}),
+        ({"amp": {"enabled": True}}, {"amp": {"enabled": False}}),
+        (zero(reduce_scatter=False), zero()),
+    ],
+)
+def test_files_that_mean_something_else_are_not(one, other):
+    assert zero_of(zero() | one, {"bf16": True}) != zero_of(zero() | other, {"bf16": True})
 
 
 @pytest.mark.parametrize(
     ("config", "says", "fits"),
     [
-        (zero(round_robin_gradients=True), "zero_optimization.round_robin_gradients True (the run: False)", False),
+        (zero(round_robin_gradients=True), "zero_optimization.round_robin_gradients True (the run: off)", False),
         (zero(sub_group_size=100), "zero_optimization.sub_group_size 100 (the run: 1000000000)", False),
-        (zero() | {"optimizer": {"type": "Adam"}}, 'optimizer {"type": "Adam"} (the run: none)', False),
-        (zero(zero_quantized_weights=True), "zero_optimization.zero_quantized_weights True (the run: False)", True),
-        (zero(cpu_offload=True), "zero_optimization.cpu_offload True (the run: None)", False),
-        (zero() | {"gradient_clipping": 2}, "gradient_clipping 2 (the run: none)", True),
+        (zero() | {"optimizer": {"type": "Adam"}}, 'optimizer {"type": "Adam"} (the run: off)', False),
+        (zero(zero_quantized_weights=True), "zero_optimization.zero_quantized_weights True (the run: off)", True),
+        (zero(cpu_offload=True), "zero_optimization.cpu_offload True (the run: off)", False),
+        (zero() | {"gradient_clipping": 2}, "gradient_clipping auto (the run: off)", True),
         (zero(overlap_comm=True, stage3_prefetch_bucket_size=5, reduce_bucket_size="auto"), None, True),
         (zero(sub_group_size=1e9, round_robin_gradients=False, offload_optimizer={"device": "none"}), None, True),
         (zero() | {"wandb": {"enabled": True}, "steps_per_print": 1}, None, True),

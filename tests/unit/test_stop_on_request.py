@@ -1,6 +1,7 @@
 """On which step a run stops, by what the Trainer would do there."""
 
 import types
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from transformers import TrainerControl
 
 from sft import stopping
 from sft.nodes import agent
-from sft.training import go_on, stop_on_request
+from sft.training import go_on, manifest, stop_on_request
 
 
 class Work:
@@ -25,16 +26,18 @@ def steps(tmp_path, monkeypatch):
     """`steps(...)`: the steps of a run, of 10 at most and 4 an epoch, at whose end it saves and stops; None where it
     is done."""
 
-    def run(asked_at, ranks=1, evaluate=(), save_strategy="steps", epochs=None):
+    def run(asked_at, ranks=1, evaluate=(), save_strategy="steps", epochs=None, trainer=None):
         monkeypatch.setattr(stopping, "requested", type(stopping.requested)())
         monkeypatch.setattr(stopping, "take_as_request", lambda last_words: None)
         monkeypatch.setattr(stop_on_request.distributed, "all_reduce", lambda *args, **kwargs: Work())
-        stop = stop_on_request.StopOnRequest(types.SimpleNamespace(how=lambda args: "", trainer=None))
+        trainer = trainer or types.SimpleNamespace(rest_of_save=manifest.RestOfSave())
+        stop = stop_on_request.StopOnRequest(types.SimpleNamespace(how=lambda args: "", trainer=trainer))
         stop.group = "of several ranks" if ranks > 1 else None
         args = types.SimpleNamespace(save_strategy=save_strategy, should_save=True, output_dir=tmp_path)
         for step in range(1, 11):
             control = TrainerControl(should_evaluate=step in evaluate)
             state = types.SimpleNamespace(global_step=step, max_steps=10, epoch=step / 4)
+            trainer.step = step
             if step == asked_at:
                 stopping.requested.set()
             stop.on_step_end(args, state, control)
@@ -81,6 +84,17 @@ def test_the_step(asked_at, how, stops_at, steps):
 def test_no_answer_is_left_under_way(steps):
     Work.waited = 0
     assert steps(99, ranks=2) is None and Work.waited == 9, "one is begun at each step but the last"
+
+
+@pytest.mark.parametrize(("ranks", "told_at"), [(1, 1), (2, 2)])
+def test_a_checkpoint_that_is_not_whole_is_told_at_once(ranks, told_at, steps):
+    """And not at the next save: the Trainer's finish_save ends all ranks."""
+    trainer = types.SimpleNamespace(rest_of_save=manifest.RestOfSave(), finish_save=lambda: 1 / 0)
+    trainer.rest_of_save.work = Future()
+    trainer.rest_of_save.work.set_exception(OSError(28, "No space left on device"))
+    with pytest.raises(ZeroDivisionError):
+        steps(99, ranks=ranks, trainer=trainer)
+    assert trainer.step == told_at
 
 
 @pytest.mark.parametrize(

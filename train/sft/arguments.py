@@ -184,11 +184,11 @@ def check_values(values: dict[str, Any]) -> None:
         raise Refused("--output_dir is not given: say where the run's files go")
     at_least(values, 1, "hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     at_least(values, 1, "num_experts", "moe_topk", "model_max_length", "max_position_embeddings", "vocab_size")
-    at_least(values, 1, "lora_rank", "lora_alpha", "preprocessing_num_workers", "early_stopping_patience")
+    at_least(values, 1, "lora_rank", "lora_alpha", "preprocessing_num_workers")
     at_least(values, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
     at_least(values, 2, "max_seq_length")
     at_least(values, 0, "learning_rate", "min_lr", "warmup_steps", "num_train_epochs", "weight_decay", "seed")
-    at_least(values, 0, "router_aux_loss_coef")
+    at_least(values, 0, "router_aux_loss_coef", "early_stopping_patience")
     if values["min_lr"] > values["learning_rate"]:
         raise Refused(f"--min_lr {values['min_lr']:g} is above --learning_rate {values['learning_rate']:g}")
     if not 0 <= values["lora_dropout"] < 1:

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -36,6 +37,11 @@ def write_line(text: str) -> None:
     """Write a line to stderr, from any thread and from a signal handler: past Python's buffers and their locks."""
     with contextlib.suppress(OSError):  # a terminal that is gone
         os.write(2, f"\n{masked(text)}\n".encode())  # a progress bar may be unfinished
+
+
+def go_on_from(checkpoint: Path, begin: str, how: str = "Continue with:") -> str:
+    """What was saved last, and the command that goes on from it, after `begin`."""
+    return f"Last checkpoint: {checkpoint}. {how}\n{begin} --resume_from_checkpoint {shlex.quote(str(checkpoint))}"
 
 
 # ------------------------------------------------------------------------------------------------ before the ranks

@@ -12,7 +12,6 @@ import json
 import os
 import queue
 import re
-import shlex
 import signal
 import subprocess
 import threading
@@ -26,7 +25,15 @@ from sft.nodes.agent import AGAIN_SECONDS, KILL_SECONDS, SILENCE_SECONDS, run
 from sft.nodes.preflight import examine, number_from, read_nodes
 from sft.nodes.ssh import Node
 from sft.processes import forget_step, free_port, step_made
-from sft.stopping import BEFORE_THE_FIRST_STEP, EXIT_STOPPED, SIGNALS, end_at_signals, not_ignored, write_line
+from sft.stopping import (
+    BEFORE_THE_FIRST_STEP,
+    EXIT_STOPPED,
+    SIGNALS,
+    end_at_signals,
+    go_on_from,
+    not_ignored,
+    write_line,
+)
 from sft.training.manifest import MANIFEST, checkpoints_in, step_of
 
 FORWARDED = (
@@ -113,9 +120,8 @@ def words_at_a_stop(output: Path) -> str:
     saved = [path for path in checkpoints_in(output) if (path / MANIFEST).exists()]
     if not saved:
         return GO_ON_LATER
-    newest, begin = saved[-1], os.environ.get("GO_ON_WITH", "bash train.sh")
-    command = f"{begin} --resume_from_checkpoint {shlex.quote(str(newest))}"
-    return f"stopped on request at step {step_of(newest)}. Last checkpoint: {newest}. Continue with:\n{command}"
+    how = go_on_from(saved[-1], os.environ.get("GO_ON_WITH", "bash train.sh"))
+    return f"stopped on request at step {step_of(saved[-1])}. {how}"
 
 
 def run_once(command: list[str], given: dict[str, Any], log: Path | None) -> tuple[Failure | None, bool]:

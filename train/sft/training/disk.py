@@ -107,7 +107,8 @@ def why_not_saved(place: Path, size: int, error: Exception) -> str | None:
     if number == errno.ENOENT:
         why = "the directory was replaced" if output.exists() else "the directory is gone"
     if number in (errno.ENOSPC, errno.EDQUOT):
-        why += f": {in_units(free)} are free in {output}, {in_units(max(0, size - written - free))} more are needed"
+        needed = size - written - free
+        why += f": {in_units(free)} are free in {output}" + f", {in_units(needed)} more are needed" * (needed > 0)
     whole = [path.name for path in checkpoints_in(output) if is_whole(path)]
     return f"failed: {place} could not be saved: {why}. Newest whole checkpoint: {whole[-1] if whole else 'none'}"
 

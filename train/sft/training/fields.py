@@ -52,6 +52,11 @@ DEEPSPEED_MAY_CHANGE = names("""
     zero_optimization steps_per_print wall_clock_breakdown memory_breakdown dump_state flops_profiler comms_logger aio
     tensorboard wandb csv_monitor comet
 """)
+DEEPSPEED_DEFAULTS = {"zero_force_ds_cpu_optimizer": True}  # where that is not off
+DEEPSPEED_AS_FLAGS = names("""
+    gradient_accumulation_steps gradient_clipping train_batch_size train_micro_batch_size_per_gpu
+    lr betas eps weight_decay warmup_max_lr warmup_num_steps total_num_steps
+""")  # in whatever section: Hugging Face refuses another value than its flag's
 BY_CONTENT = ("train_data_file", "model_name_or_path", "tokenizer_name_or_path")  # and not by their paths
 
 # The checkpoint's unless given anew: how long, saving, logging, evaluating, reporting, memory.

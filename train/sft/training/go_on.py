@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.trainer_callback import ExportableState
 
 from sft.messages import choice
-from sft.stopping import NOTHING_SAVED
+from sft.stopping import NOTHING_SAVED, go_on_from
 from sft.training.manifest import is_whole
 from sft.training.output_dir import keep_step
 
@@ -117,5 +117,4 @@ class GoOn(TrainerCallback, ExportableState):
         elif not begin and one_node and "TORCHELASTIC_RUN_ID" in os.environ:
             begin = f"torchrun --nproc_per_node {args.world_size} {script}"
         how = "Continue with:" if begin else "To go on, start the same launcher again with:"
-        command = f"{begin or script} --resume_from_checkpoint {shlex.quote(str(saved))}"
-        return f"Last checkpoint: {saved}. {how}\n{command}"
+        return go_on_from(saved, begin or script, how)

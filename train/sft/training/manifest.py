@@ -75,6 +75,10 @@ class RestOfSave:
         except Exception as error:
             self.work.set_exception(error)
 
+    def has_failed(self) -> bool:
+        """Whether it has ended with an error, on this rank."""
+        return self.work.done() and self.work.exception() is not None
+
     def wait(self, seconds: float | None = None) -> None:
         """Wait for it, and raise what it has raised; OSError where it takes longer."""
         if not concurrent.futures.wait([self.work], seconds).done:

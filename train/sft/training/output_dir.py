@@ -41,11 +41,11 @@ def refusing_together() -> Iterator[None]:
     except Refused as refusal:
         why = str(refusal)
     except OSError as error:
-        why = f"--output_dir: {error.filename}: cannot be written ({error.strerror}). Choose another directory"
+        place = f"{error.filename}: " if error.filename else ""
+        why = f"--output_dir: {place}cannot be written ({error.strerror}). Choose another directory"
     refuse_together(why)
 
 
-@refusing_together()
 def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_path: str | None) -> bool:
     """Refuse an output directory that cannot be written, holds another run, or that overwriting would take the model
     from.
@@ -53,12 +53,19 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
     Returns whether there is an earlier run to set aside, once the new one is about to begin. With --auto_resume a
     finished run stays as it is: ends the process. All ranks must call.
     """
-    output = Path(args.output_dir)
     lock_output_dir(args)
-    resumed = step_begun(args) > 0
-    if args.auto_resume and from_all_ranks(is_finished(args))[0]:
-        note(f"{output}: the run is finished, it stays as it is")
+    with refusing_together():
+        finished = args.auto_resume and is_finished(args)
+    if from_all_ranks(finished)[0]:
+        note(f"{args.output_dir}: the run is finished, it stays as it is")
         sys.exit(0)
+    with refusing_together():
+        return holds_earlier_run(args, model_path, tokenizer_path)
+
+
+def holds_earlier_run(args: TrainingArguments, model_path: str | None, tokenizer_path: str | None) -> bool:
+    """What check_output_dir refuses and returns, on this rank."""
+    output, resumed = Path(args.output_dir), step_begun(args) > 0
     place = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise Refused(f"--output_dir {output}: {place} is not a directory that can be written")

@@ -133,9 +133,10 @@ def refuse_another_run(checkpoint: Path, plan: dict[str, Any], given: dict[str, 
     asked = {name: value for name, value in given.items() if name not in own}
     fixed = set(fields.FIXED)
     if "deepspeed" in asked:
-        now, then = zero_of(environment.read_deepspeed_file(asked.pop("deepspeed"))), zero_of(known.get("deepspeed"))
+        config = environment.read_deepspeed_file(asked.pop("deepspeed"))
+        now, then = zero_of(config, plan), zero_of(known.get("deepspeed"), plan)
         for part in {"deepspeed"} if now["deepspeed"] != then["deepspeed"] else sorted(now.keys() | then.keys()):
-            asked[part], known[part] = now.get(part, "none"), then.get(part, "none")
+            asked[part], known[part] = now.get(part, "off"), then.get(part, "off")
         fixed |= {f"deepspeed {part}" for part in fields.DEEPSPEED_FIXED}
     if known.get("deepspeed"):
         fixed |= {*fields.FIXED_BY_DEEPSPEED}
@@ -167,9 +168,9 @@ def spelled(value: Any) -> str:
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
-def zero_of(config: dict | None) -> dict[str, Any]:
+def zero_of(config: dict | None, flags: dict[str, Any]) -> dict[str, Any]:
     """What of a DeepSpeed configuration is a run's: its stage and offload as `deepspeed`, and each other part that can
-    change what is computed. A key that is left out has its default."""
+    change what is computed and is not off. A key that is left out has its default."""
     if config is None:
         return {"deepspeed": "none"}
     zero = {k.removeprefix("stage3_"): v for k, v in config.get("zero_optimization", {}).items() if v != "auto"}
@@ -177,6 +178,21 @@ def zero_of(config: dict | None) -> dict[str, Any]:
     places = [part.get("device", "none") for part in offload]
     stage = f"ZeRO-{zero.get('stage', 0)}" + f", offload to {' and '.join(places)}" * (set(places) != {"none"})
     zero |= offload[0]
-    parts = {key: value for key, value in config.items() if key not in fields.DEEPSPEED_MAY_CHANGE}
+    parts = fields.DEEPSPEED_DEFAULTS | {k: v for k, v in config.items() if k not in fields.DEEPSPEED_MAY_CHANGE}
+    for kind in ("bf16", "fp16"):
+        on = parts.get(kind) and parts[kind].get("enabled") and (flags.get(kind) or flags.get(f"{kind}_full_eval"))
+        parts[kind] = parts[kind] | {"enabled": True} if on else None
     parts |= {f"zero_optimization.{key}": zero.get(key, default) for key, default in fields.ZERO_DECIDES.items()}
-    return {"deepspeed": stage} | {f"deepspeed {key}": value for key, value in parts.items()}
+    return {"deepspeed": stage} | {f"deepspeed {key}": value for key, value in (essence(parts) or {}).items()}
+
+
+def essence(part: Any) -> Any:
+    """A part of a DeepSpeed configuration, written in one way: without what is off or empty, and with `auto` for what
+    has to be as the flags say. None where nothing is left."""
+    if not isinstance(part, dict):
+        return None if part is False else part
+    kept = {
+        key: "auto" if key in fields.DEEPSPEED_AS_FLAGS and value is not None else essence(value)
+        for key, value in part.items()
+    }
+    return {key: value for key, value in kept.items() if value is not None} or None

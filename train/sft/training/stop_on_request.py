@@ -1,6 +1,7 @@
 """A run that is asked to stop: all ranks agree on a step, write one whole checkpoint and end with exit code 75.
 
-Asked by a signal to any rank (sft/stopping.py), or by a file `stop` in the output directory.
+Asked by a signal to any rank (sft/stopping.py), or by a file `stop` in the output directory. In the same way a rank
+tells the others that the last checkpoint could not be made whole: all end with exit code 1.
 """
 
 import os
@@ -19,13 +20,15 @@ from sft.training.go_on import GoOn
 from sft.training.output_dir import STOP_FILE
 from sft.training.probe import Probe
 
+ASKED, NOT_SAVED = 1, 2  # what a rank says at a step; the greatest counts
+
 
 class StopOnRequest(TrainerCallback):
     """Stops the run on request. It is the last callback: what the others do at a step is done before."""
 
     def __init__(self, go_on: GoOn):
         self.go_on = go_on
-        self.asked = torch.zeros((), dtype=torch.uint8)  # once all ranks have answered: whether any is asked
+        self.said = torch.zeros((), dtype=torch.uint8)  # once all ranks have answered: the greatest that one has said
         self.answers: distributed.Work | None = None  # until then
         self.group: distributed.ProcessGroup | None = None  # of several ranks; the CPU's, beside that of the training
         self.agreed = False
@@ -42,23 +45,25 @@ class StopOnRequest(TrainerCallback):
         """Stop where any rank was asked before the last step's end: the answer is read one step later, because waiting
         for it would cost time at each step. The last step of a run finishes it."""
         asked = stopping.requested.is_set() or args.should_save and os.path.exists(Path(args.output_dir, STOP_FILE))
+        mine = NOT_SAVED if self.go_on.trainer.rest_of_save.has_failed() else ASKED * bool(asked)
         last = state.global_step >= state.max_steps
-        self.agreed = self.agreed or (self.any_was_asked() if self.group else asked)
+        greatest = self.greatest() if self.group else mine
+        if greatest == NOT_SAVED:
+            self.go_on.trainer.finish_save()  # says why
+        self.agreed = self.agreed or greatest == ASKED
         if self.group and not last and not self.agreed:
-            self.asked.fill_(asked)
-            self.answers = distributed.all_reduce(
-                self.asked, distributed.ReduceOp.MAX, group=self.group, async_op=True
-            )
+            self.said.fill_(mine)
+            self.answers = distributed.all_reduce(self.said, distributed.ReduceOp.MAX, group=self.group, async_op=True)
         if self.agreed and not last and not state.epoch.is_integer():  # else the epoch's end comes first
             self.stop(args, control)
 
-    def any_was_asked(self) -> bool:
-        """Whether any rank was asked when all ranks were last asked."""
+    def greatest(self) -> int:
+        """The greatest that a rank said when all were last asked; 0 where they were not."""
         if self.answers is None:
-            return False
+            return 0
         self.answers.wait()
         self.answers = None
-        return bool(self.asked)
+        return int(self.said)
 
     def stop(self, args, control) -> None:
         """Let the Trainer save and stop."""
@@ -81,7 +86,7 @@ class StopOnRequest(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """End the process, with the command that goes on as the last line."""
-        self.any_was_asked()  # one that is under way
+        self.greatest()  # one that is under way
         if self.stopping:
             note(f"stopped on request at step {state.global_step}. {self.go_on.how(args)}")
             sys.exit(stopping.EXIT_STOPPED)
