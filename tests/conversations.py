@@ -131,7 +131,7 @@ def apart(message):
         if answer.startswith("<answer>\n"):
             answer = answer[len("<answer>\n") : -len("\n</answer>")]
         return content[len("<think>\n") : cut].removesuffix("\n"), answer
-    return message.get("reasoning_content", message.get("thinking")), content
+    return message.get("reasoning_content") or message.get("thinking") or None, content
 
 
 def in_content(message):

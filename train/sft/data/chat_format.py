@@ -16,7 +16,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from sft.data.rows import BadRow
+from sft.data.lines import BadRow
 from sft.data.thinking import Turn, as_templates_read, move_thinking, split_thinking
 from sft.data.tokens import TextEncoder, common_prefix
 
