@@ -35,6 +35,8 @@ def convert(given: Any, where: str) -> Message:
     """A message in whatever words, as one of ours; `is_call` is set where it is calls alone. Raises BadRow."""
     if not isinstance(given, dict):
         raise BadRow(f"{where} is not an object")
+    if given.keys() == {"role", "content"} and given["role"] in ROLES and isinstance(given["content"], str):
+        return given  # most are so
     message = {key: value for key, value in given.items() if not is_empty(value)}
     if "from" in message and "role" not in message:
         message["role"], content = message.pop("from"), message.pop("value", None)
