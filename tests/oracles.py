@@ -204,7 +204,8 @@ def expected(name, row, history="as_written"):
             continue
         past = list(messages)
         if history == "answers":
-            past[:i] = [m | {"content": apart(m)[1], "reasoning_content": None} for m in messages[:i]]
+            for k in (k for k in range(i) if messages[k]["role"] == "assistant"):
+                past[k] = messages[k] | {"content": apart(messages[k])[1], "reasoning_content": None}
         turn = RULES[name](name, row, past, i)
         if turn is None:
             return None

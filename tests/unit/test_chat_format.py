@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer
 
 from conversations import (
@@ -82,12 +83,38 @@ def test_supervised_is_what_the_model_has_to_say(name, conversation, format_toke
 
 
 @pytest.mark.parametrize("name", ("hy", *FORMATS))
+def test_history_of_answers_alone(name, format_tokenizer):
+    """Each turn is said as before, after earlier ones without thinking and tags."""
+    tokenizer = format_tokenizer(name)
+    for conversation, (messages, more) in CONVERSATIONS.items():
+        row = {"messages": messages, **more}
+        sequences, report = encode(tokenizer, row, history="answers")
+        oracle = expected(name, row, history="answers") or []
+        assert [supervised(tokenizer, s) for s in sequences] == ["".join(said) for _, said in oracle], conversation
+        assert all(tokenizer.decode(ids).startswith(text) for (ids, _), (text, _) in zip(sequences, oracle))
+        assert not report.counts["history_as_written"]
+
+
+def test_how_many_turns_stay_in_the_history_as_written(format_tokenizer):
+    row = {"messages": CONVERSATIONS["slow, two turns"][0]}
+    found = {name: encode(format_tokenizer(name), row)[1].counts for name in ("hy", "dense", "hy3", "mt")}
+    assert {name: counts["history_as_written"] for name, counts in found.items()} == {
+        "hy": 1,
+        "dense": 0,
+        "hy3": 0,
+        "mt": 1,
+    }
+    tools = encode(format_tokenizer("hy"), row | TOOLS)[1].counts
+    assert tools["history_as_written"] == 0 and tools["split"] == 1
+
+
+@pytest.mark.parametrize("name", ("hy", *FORMATS))
 def test_the_shortcuts_are_what_they_shorten(name, format_tokenizer):
     """Rendering and tokenizing less their checks, token boundaries from byte lengths: the long way gives the same."""
     tokenizer = format_tokenizer(name)
 
     class LongWay(TextEncoder):
-        token_bytes = np.zeros(len(tokenizer), np.int64)
+        token_bytes = [b""] * len(tokenizer)
 
         def encode(self, texts):
             return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -98,6 +125,14 @@ def test_the_shortcuts_are_what_they_shorten(name, format_tokenizer):
         if name != "hy" or "tools" not in more:  # that prints the time
             row = {"messages": messages, **more}
             assert encode(tokenizer, row, short) == encode(tokenizer, row, long), conversation
+
+
+def test_a_tokenizer_that_normalises_without_changing_the_length(format_tokenizer):
+    """Two characters that lose a byte in the question, one that gains two in the answer."""
+    tokenizer = AutoTokenizer.from_pretrained(format_tokenizer("mt").name_or_path)
+    tokenizer.backend_tokenizer.normalizer = NFC()
+    sequences, _ = encode(tokenizer, {"messages": [user("\u2126\u2126"), assistant("x\u0344")]})
+    assert supervised(tokenizer, sequences[0]) == "x\u0308\u0301" + FORMATS["mt"][1]
 
 
 def test_train_on_last_is_all_after_the_last_user_message(format_tokenizer):

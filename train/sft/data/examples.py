@@ -38,6 +38,7 @@ class Options:
     max_seq_length: int = 4096
     train_on: str = "all"
     overlong: str = "truncate"
+    history: str = "as_written"
 
 
 def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options: Options) -> tuple[pa.Table, Report]:
@@ -83,7 +84,7 @@ def render_row(line: bytes, chat: ChatFormat, options: Options, report: Report) 
     row = parse_row(line)
     counts: Counter[str] = Counter()
     try:
-        sequences = chat.sequences(row, options.train_on, counts)
+        sequences = chat.sequences(row, options.train_on, counts, options.history)
     except BadRow:
         raise
     except Exception as error:  # a template may raise anything, and its message may quote the row
