@@ -96,14 +96,10 @@ def test_history_of_answers_alone(name, format_tokenizer):
 
 
 def test_how_many_turns_stay_in_the_history_as_written(format_tokenizer):
-    row = {"messages": CONVERSATIONS["slow, two turns"][0]}
-    found = {name: encode(format_tokenizer(name), row)[1].counts for name in ("hy", "dense", "hy3", "mt")}
-    assert {name: counts["history_as_written"] for name, counts in found.items()} == {
-        "hy": 1,
-        "dense": 0,
-        "hy3": 0,
-        "mt": 1,
-    }
+    turns = [user("a"), assistant(pattern("because", "b")), user("c"), assistant("d", thinking="therefore")]
+    row, kept = {"messages": turns}, {"hy": 1, "dense": 0, "hy3": 0, "mt": 1}
+    found = {name: encode(format_tokenizer(name), row)[1].counts["history_as_written"] for name in kept}
+    assert found == kept
     tools = encode(format_tokenizer("hy"), row | TOOLS)[1].counts
     assert tools["history_as_written"] == 0 and tools["split"] == 1
 
@@ -131,8 +127,8 @@ def test_a_tokenizer_that_normalises_without_changing_the_length(format_tokenize
     """Two characters that lose a byte in the question, one that gains two in the answer."""
     tokenizer = AutoTokenizer.from_pretrained(format_tokenizer("mt").name_or_path)
     tokenizer.backend_tokenizer.normalizer = NFC()
-    sequences, _ = encode(tokenizer, {"messages": [user("\u2126\u2126"), assistant("x\u0344")]})
-    assert supervised(tokenizer, sequences[0]) == "x\u0308\u0301" + FORMATS["mt"][1]
+    sequences, _ = encode(tokenizer, {"messages": [user("\u2126\u2126"), assistant("1\u0344")]})
+    assert supervised(tokenizer, sequences[0]) == "1\u0308\u0301" + FORMATS["mt"][1]
 
 
 def test_train_on_last_is_all_after_the_last_user_message(format_tokenizer):

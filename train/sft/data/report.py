@@ -75,9 +75,7 @@ def report_findings(report: Report, bad_rows: str, overlong: str, max_seq_length
     if counts["unsupervised"]:
         note(f"{counts['unsupervised']} rows are left out: no supervised token\n{report.listed('unsupervised')}")
     if counts["split"]:
-        note(
-            f"{counts['split']} rows become several sequences: earlier turns are not the same once a later one is there"
-        )
+        note(f"{counts['split']} rows become several sequences: earlier turns change once a later one is there")
     if counts["history_as_written"]:
         what = "earlier turns keep their thinking or tags before later ones"
         note(f"{counts['history_as_written']} {what}: --history answers leaves them out")
