@@ -119,6 +119,7 @@ CONVERSATIONS = {
         [user("q"), assistant(pattern("", "so")), user("r"), assistant("", reasoning_content="")], TOOLS | OFF
     ),
     "two answers in a row": ([user("a"), assistant("One"), assistant("Two")], {}),
+    "tools, an answer after the call": ([user("q"), call("f"), assistant("Let us see"), call("g")], TOOLS),
     "tools, text before the call": ([user("q"), call("f", content="Let me"), tool("1"), assistant("so")], TOOLS),
     "empty user": ([user(""), assistant("b")], {}),
     "combining and rare": ([user("e\u0301 ǅ ﷽ \u200b\u2028"), assistant("a\u0301\u0302 𓀀 \ufffd")], {}),

@@ -16,6 +16,7 @@ from conversations import (
     HIGH,
     NO_THINK,
     OFF,
+    ON,
     SPECIAL,
     TOOLS,
     assistant,
@@ -129,6 +130,16 @@ def test_a_tokenizer_that_normalises_without_changing_the_length(format_tokenize
     tokenizer.backend_tokenizer.normalizer = NFC()
     sequences, _ = encode(tokenizer, {"messages": [user("\u2126\u2126"), assistant("1\u0344")]})
     assert supervised(tokenizer, sequences[0]) == "1\u0308\u0301" + FORMATS["mt"][1]
+
+
+def test_more_variables_of_the_template_are_switches_too(format_tokenizer):
+    row = {"messages": CONVERSATIONS["thinking beside"][0]}
+    for name, switches in (("hy3", HIGH), ("dense", ON)):
+        tokenizer = format_tokenizer(name)
+        sequences, report = encode(tokenizer, row | {"chat_template_kwargs": {"documents": [], **switches}})
+        assert sequences == encode(tokenizer, row | switches)[0] and not report.counts["against_prompt"], name
+    rows = [row | {"chat_template_kwargs": switch} for switch in (OFF, NO_THINK)]
+    assert all("says no_think" in encode(tokenizer, row)[1].lines["bad"][0][1] for row in rows)
 
 
 def test_train_on_last_is_all_after_the_last_user_message(format_tokenizer):

@@ -161,7 +161,7 @@ class ChatFormat(ChatTemplate):
         prompt = render(i, add_generation_prompt=True)
         if in_a_row:
             before = ended(render, ending, i).removesuffix(ending.after)
-            if not prompt.startswith(before):  # it would have the model go on with the turn before
+            if prompt == before or not prompt.startswith(before):  # the model would go on with the turn before
                 prompt = before + opening.written
         text = ended(render, ending, i, turn=True).removesuffix(ending.after)
         begin = prompt if text.startswith(prompt) else prompt.removesuffix(opening.unsaid)

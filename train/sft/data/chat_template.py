@@ -87,11 +87,14 @@ class ChatTemplate:
         self.thinks = self.reads_thinking or "think" in code
         self.needs_text = not self.try_render([QUESTION, CALL | {"content": None}], TOOLS)
 
-    def try_render(self, messages: list[dict], tools: list[dict] | None = None, **options) -> str:
+    def try_render(
+        self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False, **switches
+    ) -> str:
         """The rendered text; empty where the template fails."""
         messages = list(map(as_templates_read, messages))
         try:
-            return self.renderer({"tools": tools}, messages, messages)(len(messages), **options)
+            render = self.renderer({"tools": tools, "chat_template_kwargs": switches}, messages, messages)
+            return render(len(messages), add_generation_prompt=add_generation_prompt)
         except Exception:  # a template may raise anything
             return ""
 
