@@ -1,7 +1,4 @@
-"""Conversations of every kind, and what the model has to say in each: written down here without rendering.
-
-`says_…` are the oracles of the chat formats: for each sequence that a row becomes, the text of its supervised tokens.
-"""
+"""Conversations of every kind. What the model has to say in each is in oracles.py."""
 
 import gzip
 import json
@@ -96,6 +93,34 @@ CONVERSATIONS = {
     "white space": ([user("  a \n"), assistant("\tb \n\n "), user("\n"), assistant(" ")], {}),
     "empty answer": ([user("a"), assistant(""), user("c"), assistant("d")], {}),
     "empty answer last": ([user("a"), assistant("b"), user("c"), assistant("")], {}),
+    "thinking disabled, two turns": ([user("a"), assistant("b"), user("c"), assistant("d")], OFF),
+    "thinking disabled, begins like the block": (
+        [user("a"), assistant("<t> b"), user("c"), assistant("<answer> d")], OFF
+    ),
+    "thinking disabled, plain and own block": (
+        [user("a"), assistant("b"), user("c"), assistant(pattern("", "d")), user("e"), assistant("f")], OFF
+    ),
+    "thinking disabled, tools": ([user("q"), call("f"), tool("1"), assistant("so")], TOOLS | OFF),
+    "fast, plain": ([user("/no_think 1+1=?"), assistant("2"), user("/no_think q"), assistant(pattern("", "d"))], {}),
+    "thinks like the closing tag": ([user("q"), assistant("so", reasoning_content="</thin")], {}),
+    "answers end in letters of the tag": (
+        [user("q"), assistant(pattern("t", "a newer one")), user("r"), assistant(pattern("u", "<answer> swear"))], HIGH
+    ),
+    "tools, thinking in the content": (
+        [user("q"), call("f", content="<think>\nt\n</think>\n"), tool("1"), assistant(pattern("u", "so"))],
+        TOOLS | HIGH,
+    ),
+    "tools, thinking, two rounds": (
+        [user("q"), call("f", thinking="t"), tool("1"), assistant(pattern("u", "so")), user("r"), call("f"), tool("2"),
+         assistant("ok", reasoning_content="v")], TOOLS | HIGH
+    ),
+    "tools, fast thinking": ([user("/no_think q"), assistant(pattern("", "so")), user("r"), assistant("ok")], TOOLS),
+    "tools, fast thinking, thinking disabled": (
+        [user("q"), assistant(pattern("", "so")), user("r"), assistant("", reasoning_content="")], TOOLS | OFF
+    ),
+    "two answers in a row": ([user("a"), assistant("One"), assistant("Two")], {}),
+    "tools, an answer after the call": ([user("q"), call("f"), assistant("Let us see"), call("g")], TOOLS),
+    "tools, text before the call": ([user("q"), call("f", content="Let me"), tool("1"), assistant("so")], TOOLS),
     "empty user": ([user(""), assistant("b")], {}),
     "combining and rare": ([user("e\u0301 ǅ ﷽ \u200b\u2028"), assistant("a\u0301\u0302 𓀀 \ufffd")], {}),
     "long": ([user("很长 " * 400), assistant("long " * 700)], {}),
@@ -117,141 +142,6 @@ CONVERSATIONS = {
     "tools, ends with a call": ([user("q"), call("f")], TOOLS),
     "tools, the row's time": ([user("q"), assistant("so")], TOOLS | {"time": "2024-02-29T12:00:00"}),
 }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------- oracles
-
-
-def apart(message):
-    """(thinking or None, answer) of the table's messages: thinking beside, in the pattern, or none."""
-    content = message["content"] or ""
-    if content.startswith("<think>\n"):
-        cut = content.rindex("</think>\n<answer>") if "</think>\n<answer>" in content else content.index("</think>")
-        answer = content[cut + len("</think>") :].lstrip("\n")
-        if answer.startswith("<answer>\n"):
-            answer = answer[len("<answer>\n") : -len("\n</answer>")]
-        return content[len("<think>\n") : cut].removesuffix("\n"), answer
-    return message.get("reasoning_content") or message.get("thinking") or None, content
-
-
-def in_content(message):
-    """Content with the thinking in it, as the 2025 models have it."""
-    thinking, answer = apart(message)
-    if thinking is None or (message["content"] or "").startswith("<think>"):
-        return message["content"] or ""
-    block = f"<think>\n{thinking}\n</think>\n"
-    return block if message.get("tool_calls") and not answer else f"{block}<answer>\n{answer}\n</answer>"
-
-
-def grouped(row, turns, looks):
-    """Texts of turns, joined where a later turn's context still holds the earlier one as it was trained.
-
-    Args:
-        turns: place → text.
-        looks: (place, last user's place at some moment) → how an assistant's message is rendered then.
-    """
-    messages = row["messages"]
-    places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-
-    def last_user(upto):
-        return max(k for k in range(upto) if messages[k]["role"] == "user")
-
-    end = places[-1] + 1 if places[-1] == len(messages) - 1 else len(messages)
-    groups, moment = [], last_user(end)
-    for i in reversed([i for i in places if messages[i].get("weight") != 0]):
-        then = last_user(i + 1)
-        if not groups or any(looks(k, then) != looks(k, moment) for k in places if k <= i):
-            if any(looks(k, then) != looks(k, moment) for k in places if k <= i):
-                moment = then
-            groups.insert(0, [])
-        groups[0].insert(0, turns[i])
-    return ["".join(group) for group in groups]
-
-
-def says_a13b(row):
-    text = ""
-    for message in row["messages"]:
-        if message["role"] == "assistant" and message.get("weight") != 0:
-            content = in_content(message)
-            if row.get("enable_thinking") is False:
-                content = content.removeprefix("<think>\n\n</think>\n")
-            if row.get("tools") and message.get("tool_calls"):
-                functions = [c["function"] for c in message["tool_calls"]]
-                calls = [f'{{"name": "{f["name"]}", "arguments": {json.dumps(f["arguments"])}}}' for f in functions]
-                text += f"<tool_calls>[{', '.join(calls)}]</tool_calls><|eos|>"
-            else:
-                text += ("助手：" if row.get("tools") else "") + content + "<|eos|>"
-    return [text]
-
-
-def says_dense(row):
-    turns, contents = {}, {}
-    for i, message in enumerate(row["messages"]):
-        if message["role"] == "assistant":
-            contents[i] = content = in_content(message)
-            if row.get("enable_thinking") is False:
-                content = content.removeprefix("<think>\n\n</think>\n")
-            calls = [json.dumps(c["function"], ensure_ascii=False) for c in message.get("tool_calls") or []]
-            calls = "".join(f"<tool_call>{c}</tool_call>" for c in calls)
-            turns[i] = content + calls + FORMATS["dense"][1]
-    return grouped(row, turns, lambda i, last: "<answer>" in contents[i] and i < last)
-
-
-def says_hy3(row):
-    turns, thoughts = {}, {}
-    for i, message in enumerate(row["messages"]):
-        if message["role"] == "assistant":
-            thinking, answer = apart(message)
-            thoughts[i] = thinking
-            closed = (row.get("reasoning_effort") or "no_think") == "no_think" and not thinking
-            calls = [c["function"] for c in message.get("tool_calls") or []]
-            calls = "".join(f"<tool_call:test>{c['name']}{json.dumps(c['arguments'])}\n" for c in calls)
-            calls = f"<tool_calls:test>\n{calls}</tool_calls:test>" if calls else ""
-            turns[i] = (thinking or "") + ("" if closed else "</think:test>") + answer + calls + FORMATS["hy3"][1]
-    return grouped(row, turns, lambda i, last: bool(thoughts[i]) and not row.get("tools") and i < last)
-
-
-def says_mt(row):
-    spoken = [m for m in row["messages"] if m["role"] == "assistant" and m.get("weight") != 0]
-    # these models do not think: an empty field is none
-    return ["".join((in_content(m) if apart(m)[0] else m["content"] or "") + FORMATS["mt"][1] for m in spoken)]
-
-
-def says_opens_think(row):
-    turns = {}
-    for i, message in enumerate(row["messages"]):
-        if message["role"] == "assistant":
-            thinking, answer = apart(message)
-            calls = "".join(f"\n<call>{json.dumps(c)}</call>" for c in message.get("tool_calls") or [])
-            turns[i] = f"{thinking or ''}</think>\n{answer}{calls}<|im_end|>"
-    return grouped(row, turns, lambda i, last: i < last)
-
-
-ORACLES = {"hy": says_a13b, "example": says_a13b, "dense": says_dense, "hy3": says_hy3, "mt": says_mt}
-ORACLES["opens_think"] = says_opens_think
-
-
-def prepared(name, row):
-    """The messages as the template gets them: thinking where it reads it, no empty system message."""
-    messages = []
-    for message in row["messages"]:
-        if message == system(""):
-            continue
-        if name == "mt" and message["content"] is None:
-            message = message | {"content": ""}  # this template fails on calls without content
-        if message["role"] == "assistant":
-            thinking, answer = apart(message)
-            inside = (message["content"] or "").startswith("<think>\n")
-            if name in ("hy3", "opens_think") and inside:
-                message = message | {"content": answer, "reasoning_content": thinking}
-            elif name == "mt" and not thinking:
-                pass
-            elif name not in ("hy3", "opens_think") and not inside and thinking is not None:
-                message = {k: v for k, v in message.items() if k not in ("reasoning_content", "thinking")} | {
-                    "content": in_content(message)
-                }
-        messages.append(message)
-    return messages
 
 
 def write_rows(file, number=50):

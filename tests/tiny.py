@@ -26,7 +26,8 @@ def make_hy_tokenizer(out: Path) -> Path:
 # What the formats of tests/assets/chat_templates call their special tokens: (begin, end of a turn, others).
 FORMATS = {
     "dense": ("<｜hy_begin▁of▁sentence｜>", "<｜hy_place▁holder▁no▁2｜>",
-              ["<｜hy_place▁holder▁no▁3｜>", "<｜hy_place▁holder▁no▁8｜>", "<｜hy_User｜>", "<｜hy_Assistant｜>"]),
+              ["<｜hy_place▁holder▁no▁3｜>", "<｜hy_User｜>", "<｜hy_Assistant｜>"]),
+    "7b": ("<|startoftext|>", "<|eos|>", ["<|extra_4|>", "<|startoftext|>", "<|extra_0|>"]),
     "hy3": ("<｜hy_begin_of_sentence:test｜>", "<｜hy_eos:test｜>",
             ["<｜hy_User:test｜>", "<｜hy_Assistant:test｜>", "<｜reasoning_mode:test｜>",
              "<think:test>", "</think:test>"]),
@@ -34,6 +35,20 @@ FORMATS = {
            ["<｜hy_place▁holder▁no▁3｜>", "<｜hy_place▁holder▁no▁8｜>", "<｜hy_User｜>", "<｜hy_Assistant｜>"]),
     "opens_think": ("<|im_start|>", "<|im_end|>", ["<think>", "</think>"]),
 }  # fmt: skip
+
+
+def chat_template(name: str) -> str:
+    """A format's template; 7B's is that of the smaller ones with other tokens, as released."""
+    file = ASSETS / "hy_tokenizer" / "chat_template.jinja"
+    if name == "example":
+        file = EXAMPLE_TOKENIZER / "chat_template.jinja"
+    elif name != "hy":
+        file = ASSETS / "chat_templates" / f"{'dense' if name == '7b' else name}.jinja"
+    template = file.read_text(encoding="utf-8")
+    if name == "7b":
+        for old, new in zip(FORMATS["dense"][2], FORMATS["7b"][2]):
+            template = template.replace(old, new)
+    return template
 
 
 def make_format_tokenizer(name: str, out: Path) -> Path:
@@ -47,13 +62,11 @@ def make_format_tokenizer(name: str, out: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-        special_tokens=[begin, end, "<pad>", *others],
+        special_tokens=list(dict.fromkeys([begin, end, "<pad>", *others])),
     )  # fmt: skip
     tokenizer.train([str(REPO / "README.md"), str(REPO / "README_CN.md")], trainer)
-    template = (ASSETS / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token="<pad>", chat_template=template
-    ).save_pretrained(out)
+    options = {"bos_token": begin, "eos_token": end, "pad_token": "<pad>", "chat_template": chat_template(name)}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(out)
     return Path(out)
 
 

@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--warnings", action="store_true", help="print each line that is bad or warned of, and why")
     parser.add_argument("--max_seq_length", type=int, default=4096, help="tokens a sequence at most; default 4096")
     parser.add_argument("--train_on", choices=("all", "last"), default="all")
+    parser.add_argument("--history", choices=("as_written", "answers"), default="as_written")
     parser.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate")
     parser.add_argument("--bad_rows", choices=("error", "skip"), default="error")
     args = parser.parse_args(argv)
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     if not Path(args.model).is_dir():
         raise Refused(f"--model {args.model}: no such directory")
     tokenizer = load_tokenizer(Path(args.model))
-    options = Options(args.max_seq_length, args.train_on, args.overlong)
+    options = Options(args.max_seq_length, args.train_on, args.overlong, args.history)
     if args.warnings:
         show_warnings(args.file, tokenizer, options)
     elif args.row is None:

@@ -12,7 +12,8 @@ from sft.training.fields import BY_CONTENT, DECIDES, FIXED
 # Another value of each; the run's are in `first`, else the defaults.
 OTHER = {
     "max_seq_length": 48, "eval_split": 0.2, "train_on": "last", "overlong": "drop", "bad_rows": "skip",
-    "packing": "none", "use_flash_attn": True, "router_aux_loss_coef": 0.5, "per_device_train_batch_size": 4,
+    "history": "answers", "packing": "none", "use_flash_attn": True,
+    "router_aux_loss_coef": 0.5, "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1, "average_tokens_across_devices": False, "learning_rate": 3e-3, "min_lr": 5e-4,
     "lr_scheduler_type": "linear", "lr_scheduler_kwargs": '{"num_cycles": 0.3}', "warmup_steps": 2,
     "warmup_ratio": 0.5, "weight_decay": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-3,
@@ -39,7 +40,7 @@ NOT_TRIED = {"torch_compile", "torch_compile_mode", "use_liger_kernel", *NOT_FLA
 # What the weights after two more steps cannot show.
 NOT_SEEN = {"overlong", "bad_rows", "average_tokens_across_devices", "use_cache"}
 NOT_SEEN |= {"remove_unused_columns", "label_names", "length_column_name", "full_determinism", "dataloader_drop_last"}
-NOT_SEEN |= {"dataloader_in_order", "torch_compile_backend", "train_on"}
+NOT_SEEN |= {"dataloader_in_order", "torch_compile_backend", "train_on", "history"}
 QUICK = ("learning_rate", "weight_decay", "packing", "seed", "lora_rank", "bf16")
 
 

@@ -88,7 +88,7 @@ def test_mutated_rows_are_trained_as_written_or_reported(number, name, format_to
         if outcome == "trained":
             row = parse_row(line)
             given = [m for m in row["messages"] if m != {"role": "system", "content": ""}]
-            given, _ = chat.prepare({"messages": given}, Counter())
+            given = chat.prepare({"messages": given}, Counter()).messages
             ids = tokenizer.apply_chat_template(
                 given, tools=row.get("tools"), return_dict=False, is_training=given[-1]["role"] == "assistant"
             )

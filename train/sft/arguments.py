@@ -93,11 +93,10 @@ class DataArguments:
     eval_data_file: list[str] = option(text="jsonl files or globs to evaluate on.", factory=list)
     eval_split: float | None = option(None, "Share of the training rows to split off and evaluate on, by row hash.")
     train_on: Literal["all", "last"] = option("all", "Supervised turns: all, or those after the last user message.")
+    history: Literal["as_written", "answers"] = option("as_written", "Earlier turns: as they are, or answers alone.")
     overlong: Literal["truncate", "drop", "error"] = option("truncate", "What is done with a row over max_seq_length.")
     bad_rows: Literal["error", "skip"] = option("error", "End before the model is loaded, or leave them out.")
-    packing: Literal["none", "batch", "bin"] = option(
-        "none", "Pad, lay a batch's rows end to end, or fill bins of max_seq_length."
-    )
+    packing: Literal["none", "batch", "bin"] = option("none", "Pad, lay a batch's rows end to end, or fill bins.")
     preprocessing_num_workers: int | None = option(
         None, "Processes that tokenize. Default: one a core, for large files."
     )

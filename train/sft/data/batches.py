@@ -39,7 +39,7 @@ class Data:
 def load_data(args: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
     """The rows to train on and to evaluate on, tokenized, as arguments.DataArguments says. Refuses bad rows and a
     split that leaves none."""
-    options = Options(args.max_seq_length, args.train_on, args.overlong)
+    options = Options(args.max_seq_length, args.train_on, args.overlong, args.history)
     how = (tokenizer, options, args.bad_rows, args.preprocessing_num_workers)
     examples, evaluation = load_examples(args.train_data_file, *how), None
     if args.eval_data_file:

@@ -1,158 +1,81 @@
 """A conversation → the text that is trained on, and which of its characters the model has to say.
 
-Everything is found by rendering with the tokenizer's own chat template. No marker and no special token is known here,
-so a template that does not exist yet is treated like those that do.
+Everything is found by rendering with the tokenizer's own chat template.
 
-Bad rows: one that says no_think and carries thinking, and one whose history the template changes once the answer is
-there.
+Bad rows: one that says no_think and carries thinking, and one where the template does not put a turn behind the prompt
+that inference would see.
 """
 
-import functools
-import re
-from collections.abc import Callable
-from datetime import UTC, datetime
+import json
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from sft.data.chat_template import ChatTemplate, Ending, Render, ended, switches_of
 from sft.data.lines import BadRow
-from sft.data.thinking import Turn, as_templates_read, move_thinking, split_thinking
-from sft.data.tokens import TextEncoder, common_prefix
-
-SOME_TIME = datetime(2025, 1, 1, tzinfo=UTC)  # for a template that prints the time, where a row has none
-
-# a conversation to try a template with; the words occur in no template
-QUESTION = {"role": "user", "content": "u"}
-ANSWER = {"role": "assistant", "content": "zxq9"}
-THOUGHT = {"reasoning_content": "vwk8"}
-TOOLS = [{"type": "function", "function": {"name": "f", "arguments": {"x": "y"}, "parameters": {}}}]
-CALL = {"role": "assistant", "content": "u", "tool_calls": TOOLS}
+from sft.data.thinking import (
+    Turn,
+    as_templates_read,
+    in_tags,
+    is_empty_block,
+    move_thinking,
+    split_thinking,
+    without_thinking,
+)
+from sft.data.tokens import TextEncoder
 
 Sequence = tuple[str, list[tuple[int, int]]]  # text, (first character, end) of each stretch that the model has to say
 
 
-class Ending(NamedTuple):
-    """How a template ends the last turn.
-
-    `missing` is the text that ends the turn where a plain render leaves it out, else empty. `is_training` is an option
-    that makes the template write it (Hy3 has it). `known` is False where the end was not found. `after` is what the
-    template writes after the end, which no model has to say.
-    """
-
-    missing: str
-    known: bool
-    is_training: bool
-    after: str
-
-
-class ChatFormat:
-    """What a tokenizer's chat template does, found by rendering small conversations with it.
+class Row(NamedTuple):
+    """A conversation as the template gets it, and what is known of it.
 
     Attributes:
-        reads_thinking: it renders a message's `reasoning_content`; otherwise thinking goes into the content.
-        thinks: the models of this template think.
-        needs_text: it fails on tool calls without content; they get an empty one.
-        own_rendering: the tokenizer's code has an apply_chat_template of its own, which is then used.
+        messages: each as it is where it is the last one.
+        past: the same as they are once a later one is there.
+        places: where each stands in the row.
+        turns: the assistant's turns by their place among these.
+        wraps: thinking stands in front of what the template writes of a turn.
+        key: the row's switches, as JSON; has_tools: it has tools. Both decide how a template opens and ends turns.
     """
 
+    messages: list[dict]
+    past: list[dict]
+    places: list[int]
+    turns: dict[int, Turn]
+    wraps: bool
+    key: str
+    has_tools: bool
+
+
+class ChatFormat(ChatTemplate):
+    """Rows through one tokenizer's chat template. `encoder` makes tokens of what it renders."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.encoder = TextEncoder(tokenizer)
-        template = tokenizer.chat_template
-        texts = [template] if isinstance(template, str) else template.values()
-        code = re.sub(r"\{#.*?#\}", "", "\n".join(texts), flags=re.DOTALL)  # without its comments
-        self.prints_time = "strftime_now" in code
-        self.takes_tools = "tools" in code or not isinstance(template, str)
-        self.special_tokens_map = tokenizer.special_tokens_map
-        self.own_rendering = type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
-        self.reads_thinking = any(
-            THOUGHT["reasoning_content"] in self.try_render([QUESTION, answer | THOUGHT], tools=tools, **switch)
-            for answer, tools in ((ANSWER, None), (CALL, TOOLS))
-            for switch in ({}, {"reasoning_effort": "high"}, {"enable_thinking": True})
-        )
-        self.thinks = self.reads_thinking or "think" in code
-        self.needs_text = not self.try_render([QUESTION, CALL | {"content": None}], tools=TOOLS)
 
-    # --- the template --------------------------------------------------------------------------------------------
-
-    def try_render(self, messages: list[dict], **options) -> str:
-        """The rendered text; empty where the template fails."""
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception:  # a template may raise anything
-            return ""
-
-    @functools.cache  # noqa: B019 (one object a run)
-    def ending(self, **switches) -> Ending:
-        """How the template ends the last turn, with a row's switches."""
-        end, after = self.split_at_end_token([QUESTION, ANSWER], **switches)
-        if end:
-            return Ending("", known=True, is_training=False, after=after)
-        end, after = self.split_at_end_token([QUESTION, ANSWER], is_training=True, **switches)
-        if end:
-            return Ending(end, known=True, is_training=True, after=after)
-        # what ends a turn before others; a token other than eos_token may as well begin the next turn
-        end, _ = self.split_at_end_token([QUESTION, ANSWER, QUESTION], **switches)
-        if end == self.tokenizer.eos_token:
-            return Ending(end, known=True, is_training=False, after="")
-        return Ending("", known=False, is_training=False, after="")
-
-    def split_at_end_token(self, messages: list[dict], **options) -> tuple[str, str]:
-        """What is rendered after ANSWER, split behind the token that ends the turn.
-
-        That token is `eos_token`, else the first special token. Both parts are empty where there is none.
-        """
-        tail = self.try_render(messages, **options).partition(ANSWER["content"])[2]
-        eos = {self.tokenizer.eos_token} - {None}
-        others = {*self.tokenizer.all_special_tokens, *self.tokenizer.added_tokens_encoder} - eos
-        for tokens in (eos, others):
-            found = [(tail.index(token), token) for token in tokens if token in tail]
-            if found:
-                start, token = min(found)
-                end = start + len(token)
-                return tail[:end], tail[end:]
-        return "", ""
-
-    def renderer(self, row: dict, messages: list[dict]) -> Callable[..., str]:
-        """A function of (number of messages, further options) that renders the row's first messages.
-
-        It does what apply_chat_template does, less checks and copies that cost up to 14 % of all rows per second. And
-        it sets the time for a template that prints it, so that tokens are the same on every rank and run;
-        apply_chat_template lets no function through.
-        """
-        tools, options = row.get("tools"), switches_of(row)
-        render: Callable[..., str]
-        if self.own_rendering:
-            render = functools.partial(self.tokenizer.apply_chat_template, tools=tools, tokenize=False, **options)
-        else:
-            variables = {"tools": tools, "documents": None, "add_generation_prompt": False}
-            variables = self.special_tokens_map | variables | options
-            if self.prints_time:
-                variables["strftime_now"] = lambda form: time_of(row).strftime(form)
-            template = _compile_jinja_template(self.tokenizer.get_chat_template(None, tools))
-            render = lambda messages, **more: template.render(messages=messages, **variables | more)
-
-        # kept, as neighbouring turns need the same renders
-        return functools.lru_cache(maxsize=8)(lambda upto, **more: render(messages[:upto], **more))
-
-    # --- a row -------------------------------------------------------------------------------------------------------
-
-    def prepare(self, row: dict, counts: dict[str, int]) -> tuple[list[dict], dict[int, Turn]]:
-        """The row's messages as the template gets them, and the assistant's turns by their place among these.
+    def prepare(self, row: dict, counts: dict[str, int], history: str = "as_written") -> Row:
+        """The row's messages as the template gets them.
 
         An empty system message is left out (the released A13B template refuses it); thinking is moved to where the
-        template reads it. All else stays as it is.
+        template reads it, or taken out where the template cannot write it first. All else stays as it is. `history`
+        "answers": earlier turns are without thinking and tags.
         """
-        no_think = row.get("reasoning_effort") == "no_think" or row.get("enable_thinking") is False
+        switches, has_tools = switches_of(row), bool(row.get("tools"))
+        no_think = switches.get("reasoning_effort") == "no_think" or switches.get("enable_thinking") is False
+        wraps = not self.reads_thinking and self.speaks_first(has_tools)
         asked_not_to_think = False
         messages: list[dict] = []
+        past: list[dict] = []
+        places: list[int] = []
         turns: dict[int, Turn] = {}
         for i, message in enumerate(row["messages"]):
             if message["role"] == "system" and not message["content"]:
                 continue
             if message["role"] == "user":
                 asked_not_to_think = message["content"].lstrip().startswith("/no_think")
+            earlier = None
             if message["role"] == "assistant":
                 turn = turns[len(messages)] = split_thinking(message)
                 if turn.thinking and turn.thinking.strip():
@@ -161,12 +84,17 @@ class ChatFormat:
                         raise BadRow(f"the row says no_think, but {where} carries thinking: one of them is wrong")
                     counts["no_think_with_thinking"] += asked_not_to_think
                 counts["without_thinking"] += self.thinks and not no_think and turn.thinking is None
-                if self.is_misplaced(turn):
-                    message = move_thinking(message, turn, to_field=self.reads_thinking)
                 if message.get("content") is None and self.needs_text:
                     message = message | {"content": ""}
-            messages.append(as_templates_read(message))
-        return messages, turns
+                if turn.thinking is not None and (wraps or history == "answers"):
+                    earlier = as_templates_read(without_thinking(message, turn))
+                if self.is_misplaced(turn):
+                    message = move_thinking(message, turn, to_field=self.reads_thinking)
+            message = as_templates_read(message)
+            places.append(i)
+            past.append(earlier or message)
+            messages.append(earlier if wraps and earlier else message)
+        return Row(messages, past, places, turns, wraps, json.dumps(switches, sort_keys=True), has_tools)
 
     def is_misplaced(self, turn: Turn) -> bool:
         """Whether a turn has thinking, and where the template does not read it."""
@@ -175,87 +103,94 @@ class ChatFormat:
         # an empty field is no thinking where models do not think
         return bool(turn.thinking) or turn.in_content or self.thinks
 
-    def sequences(self, row: dict, train_on: str, counts: dict[str, int]) -> list[Sequence]:
+    def sequences(
+        self, row: dict, train_on: str, counts: dict[str, int], history: str = "as_written"
+    ) -> list[Sequence]:
         """Render a conversation, and find what the model has to say in it.
 
-        Returns one sequence, or several where the template rewrites earlier turns once a later one is there: one for
-        each state that inference would see. Only the first of a row may have nothing to say. Counts the warnings of
-        report.py.
+        Returns one sequence, or several where the template or `history` rewrites earlier turns once a later one is
+        there: one for each state that inference would see. Only the first of a row may have nothing to say. Counts the
+        warnings of report.py.
         """
-        messages, turns = self.prepare(row, counts)
-        render, ending = self.renderer(row, messages), self.ending(**switches_of(row))
+        chat = self.prepare(row, counts, history)
+        messages, turns, ending = chat.messages, chat.turns, self.ending(chat.key)
+        render = self.renderer(row, messages, chat.past)
         last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
         trained = [i for i in turns if messages[i].get("weight") != 0 and (train_on == "all" or i > last_user)]
         counts["turns"] += len(turns)
         counts["turns_not_trained_on"] += len(turns) - len(trained)
         last = len(messages) - 1
-        whole = render_turn(render, ending, last) if last in turns else render(len(messages))
+        whole = ended(render, ending, last, turn=True) if last in turns else render(len(messages))
         # from the last turn back: a turn joins the sequence that holds its text as it was then, else it begins its own
         text = whole
         spans: list[tuple[int, int]] = []
         sequences = [(text, spans)]
         for i in reversed(trained):
-            rendered = render_turn(render, ending, i)
-            start = self.turn_start(render, ending, i, rendered, counts)
-            turn_text = rendered.removesuffix(ending.after)
-            if not text.startswith(turn_text):
-                text, spans = rendered, []
+            prompt, said = self.place(chat, render, ending, i, counts)
+            counts["without_end"] += not ending.text
+            if history == "as_written" and i == trained[-1]:
+                counts["history_as_written"] += self.thinking_in(prompt, chat, i)
+            count_left_out(messages[i], turns[i], said, counts)
+            if not said:
+                continue
+            if not text.startswith(prompt + said):
+                text, spans = prompt + said + ending.after, []
                 sequences.insert(0, (text, spans))
-            spans.insert(0, (start, len(turn_text)))
-            counts["without_end"] += not ending.known
-            count_left_out(messages[i], turns[i], rendered[start:], counts)
+            spans.insert(0, (len(prompt), len(prompt) + len(said)))
         for message in messages:
             if message["role"] != "assistant":
                 counts["text_left_out"] += message["content"].strip() not in whole
-        counts["tools_left_out"] += bool(row.get("tools")) and not self.takes_tools
+        counts["tools_left_out"] += chat.has_tools and not self.takes_tools
         return [sequence for sequence in sequences if sequence[1]] or sequences[:1]
 
-    def turn_start(self, render, ending: Ending, i: int, rendered: str, counts: dict[str, int]) -> int:
-        """The place where the model begins to write turn i: where the rendered turn leaves the prompt of inference.
+    def thinking_in(self, prompt: str, chat: Row, upto: int) -> int:
+        """How many of the turns before `upto` stand in its prompt with their thinking, or its tags."""
+        name = "reasoning_content" if self.reads_thinking else "content"
+        thoughts = [chat.past[i].get(name) for i, turn in chat.turns.items() if i < upto and turn.thinking is not None]
+        return 0 if chat.wraps else sum(thought in prompt for thought in thoughts if thought)
 
-        Raises BadRow where it leaves the history before the generation prompt: the template rewrites it then.
+    def place(self, chat: Row, render: Render, ending: Ending, i: int, counts: dict[str, int]) -> tuple[str, str]:
+        """The prompt that inference sees before turn i, and what the model says then, the end of the turn included.
+
+        It says nothing where the template leaves out all that the turn has: the end alone would teach it to be silent.
+        Raises BadRow where the template has no such prompt: it rewrites the history once the answer is there, or does
+        not keep two turns in a row apart.
         """
+        turn, in_a_row, where = chat.turns[i], i - 1 in chat.turns, f"messages[{chat.places[i]}]"
+        opening = self.opening(chat.key, chat.has_tools, self.reads_thinking and bool(turn.thinking))
         prompt = render(i, add_generation_prompt=True)
-        start = common_prefix(prompt, rendered)
-        if start < len(prompt):
-            history = render(i).removesuffix(ending.after)
-            if start < common_prefix(prompt, history):
-                raise BadRow(f"the template changes what stands before messages[{i}] once its answer is there")
-            counts["against_prompt"] += 1
-        return start
+        if in_a_row:
+            before = ended(render, ending, i).removesuffix(ending.after)
+            if prompt == before or not prompt.startswith(before):  # the model would go on with the turn before
+                prompt = before + opening.written
+        text = ended(render, ending, i, turn=True).removesuffix(ending.after)
+        begin = prompt if text.startswith(prompt) else prompt.removesuffix(opening.unsaid)
+        if not text.startswith(begin):
+            if in_a_row:
+                raise BadRow(f"the template runs {where} and the assistant's turn before it together: join them")
+            raise BadRow(f"the template changes what stands before {where} once its answer is there")
+        said = text[len(begin) :]
+        if said == opening.nothing and ((turn.thinking or "") + turn.answer or chat.messages[i].get("tool_calls")):
+            return prompt, ""
+        if chat.wraps and turn.thinking is not None:
+            body = said.removesuffix(ending.text)
+            if body == said:
+                raise BadRow(f"the template has no place for the thinking of {where}")
+            block, answer = in_tags(turn.thinking, body)
+            said = f"{block}{answer}{ending.text}"
+        handed_over = prompt[len(begin) :]  # by inference, and not in the rendered turn: in most templates nothing
+        if said.startswith(handed_over):
+            return prompt, said.removeprefix(handed_over)
+        if turn.thinking is None and is_empty_block(handed_over):
+            return prompt, said
+        counts["against_prompt"] += 1
+        return begin, said
 
 
-def render_turn(render: Callable[..., str], ending: Ending, i: int) -> str:
-    """The conversation up to turn i, the assistant's, ended as the model has to end it."""
-    if ending.is_training:
-        trained = render(i + 1, is_training=True)
-        # unless the option changes what stands before the turn, too
-        if trained.startswith(render(i, add_generation_prompt=True)) or trained.startswith(render(i + 1)):
-            return trained
-    text = render(i + 1)
-    return text if text.endswith(ending.missing + ending.after) else text + ending.missing
-
-
-def count_left_out(message: dict, turn: Turn, rendered: str, counts: dict[str, int]) -> None:
-    """Count thinking, text and tool calls of a turn that its rendered text does not show."""
-    counts["thinking_left_out"] += (turn.thinking or "").strip() not in rendered
-    counts["text_left_out"] += turn.answer.strip() not in rendered
+def count_left_out(message: dict, turn: Turn, said: str, counts: dict[str, int]) -> None:
+    """Count thinking, text and tool calls of a turn that the model does not say."""
+    counts["thinking_left_out"] += (turn.thinking or "").strip() not in said
+    counts["text_left_out"] += turn.answer.strip() not in said
     functions = [call.get("function") for call in message.get("tool_calls") or []]
     names = [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
-    counts["tools_left_out"] += any(name not in rendered for name in names)
-
-
-def switches_of(row: dict) -> dict[str, object]:
-    """What a row says to the template beside its messages."""
-    return {name: row[name] for name in ("reasoning_effort", "enable_thinking") if row.get(name) is not None}
-
-
-def time_of(row: dict) -> datetime:
-    """A row's `time`: an ISO 8601 text or seconds since 1970 (UTC)."""
-    time = row.get("time")
-    try:
-        if isinstance(time, str):
-            return datetime.fromisoformat(time)
-        return SOME_TIME if time is None else datetime.fromtimestamp(time, UTC)
-    except (TypeError, ValueError, OverflowError, OSError) as error:
-        raise BadRow('"time", which the template prints, is neither ISO 8601 nor seconds since 1970') from error
+    counts["tools_left_out"] += any(name not in said for name in names)

@@ -40,6 +40,7 @@ class Options:
     max_seq_length: int = 4096
     train_on: str = "all"
     overlong: str = "truncate"
+    history: str = "as_written"
 
 
 def encode_rows(
@@ -93,7 +94,7 @@ def render_row(
     counts: Counter[str] = Counter()
     row = parse_row(line, shape, counts)
     try:
-        return chat.sequences(row, options.train_on, counts), counts
+        return chat.sequences(row, options.train_on, counts, options.history), counts
     except BadRow:
         raise
     except Exception as error:  # a template may raise anything, and its message may quote the row

@@ -93,7 +93,10 @@ def report_findings(report: Report, bad_rows: str, overlong: str, max_seq_length
     if counts["unsupervised"]:
         note(f"{counts['unsupervised']} rows are left out: no supervised token\n{report.listed('unsupervised')}")
     if counts["split"]:
-        note(f"{counts['split']} rows become several sequences: the template rewrites earlier turns")
+        note(f"{counts['split']} rows become several sequences: earlier turns change once a later one is there")
+    if counts["history_as_written"]:
+        what = "earlier turns keep their thinking or tags before later ones"
+        note(f"{counts['history_as_written']} {what}: --history answers leaves them out")
     if counts["turns_not_trained_on"]:
         note(f"{counts['turns_not_trained_on']} of {counts['turns']} assistant turns are not trained on")
     unused = [f"{key} ({counts[key]} rows)" for key in counts if key.startswith('"')]

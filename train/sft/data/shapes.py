@@ -213,10 +213,10 @@ def as_tool(tool: Row) -> Row:
 
 def switches(row: Row) -> Row:
     """What a row says to the template beside messages and tools."""
-    further = row.get("chat_template_kwargs", {})
+    given = row.get("chat_template_kwargs", {})
+    further = {key: given[key] for key in given if not is_empty(given[key])} if isinstance(given, dict) else given
     if not isinstance(further, dict) or NOT_OF_ROWS & further.keys():
         raise BadRow('"chat_template_kwargs" is not an object of variables for the template')
-    further = {key: value for key, value in further.items() if value is not None}
     found: Row = {}
     for name, kind, what in (
         ("enable_thinking", bool, "neither true nor false"),

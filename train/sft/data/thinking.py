@@ -51,10 +51,25 @@ def move_thinking(message: dict, turn: Turn, to_field: bool) -> dict:
     others = {name: value for name, value in message.items() if name not in THINKING}
     if to_field:
         return others | {"reasoning_content": turn.thinking, "content": turn.answer}
-    content = f"<think>\n{turn.thinking}\n</think>\n"
-    if turn.answer or not message.get("tool_calls"):
-        content += f"<answer>\n{turn.answer}\n</answer>"
-    return others | {"content": content}
+    block, answer = in_tags(turn.thinking, f"\n{turn.answer}\n")
+    return others | {"content": block + answer if turn.answer or not message.get("tool_calls") else block}
+
+
+def without_thinking(message: dict, turn: Turn) -> dict:
+    """The message with nothing but the answer, and its calls."""
+    others = {name: value for name, value in message.items() if name not in THINKING}
+    return others | {"content": turn.answer} if turn.in_content else others
+
+
+def in_tags(thinking: str | None, answer: str) -> tuple[str, str]:
+    """The think block and the answer block of the 2025 models."""
+    return f"<think>\n{thinking}\n</think>\n", f"<answer>{answer}</answer>"
+
+
+def is_empty_block(text: str) -> bool:
+    """Whether it is a think block without thinking, and nothing else."""
+    turn = split_thinking({"content": text})
+    return turn.in_content and not turn.thinking and not turn.answer.strip()
 
 
 def as_templates_read(message: dict) -> dict:

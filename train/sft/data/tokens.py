@@ -45,8 +45,8 @@ class TextEncoder:
 
     def tokens_before(self, text: str, ids: np.ndarray, places: list[int]) -> list[int]:
         """For each place (in characters) the number of tokens that lie wholly before it."""
-        ends = np.cumsum(self.token_bytes[ids])
-        if len(ends) and ends[-1] == len(text.encode()):
+        if b"".join(map(self.token_bytes.__getitem__, ids.tolist())) == text.encode():
+            ends = self.token_lengths[ids].cumsum()
             cuts = [len(text[:place].encode()) for place in places]
             return ends.searchsorted(cuts, side="right").tolist()
         # not a byte-level vocabulary, or text that the tokenizer normalises: where the tokens stop agreeing
@@ -57,18 +57,24 @@ class TextEncoder:
         ]
 
     @functools.cached_property
-    def token_bytes(self) -> np.ndarray:
-        """Bytes of text that each token of a byte-level vocabulary stands for (vocabulary,)."""
-        byte_level = {chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
-        byte_level |= {chr(256 + i) for i in range(68)}  # the characters that byte-level BPE writes other bytes as
+    def token_bytes(self) -> list[bytes]:
+        """What each token of a byte-level vocabulary stands for."""
+        # the characters that byte-level BPE writes bytes as: those that can be printed, and others from 256 on
+        printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        byte_of = {chr(b): b for b in printed}
+        byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printed)}
         added = self.tokenizer.added_tokens_decoder
-        lengths: np.ndarray = np.zeros(len(self.tokenizer), np.int64)
-        for i, token in enumerate(self.tokenizer.convert_ids_to_tokens(range(len(lengths)))):
-            if i not in added and isinstance(token, str) and byte_level.issuperset(token):
-                lengths[i] = len(token)
-            elif token is not None:
-                lengths[i] = len(token.encode() if isinstance(token, str) else token)
-        return lengths
+        pieces = []
+        for i, token in enumerate(self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))):
+            if isinstance(token, str) and i not in added and byte_of.keys() >= set(token):
+                token = bytes(byte_of[character] for character in token)
+            pieces.append(token.encode() if isinstance(token, str) else token or b"")
+        return pieces
+
+    @functools.cached_property
+    def token_lengths(self) -> np.ndarray:
+        """Bytes of each token (vocabulary,)."""
+        return np.array(list(map(len, self.token_bytes)))
 
 
 def common_prefix(a: str | list[int], b: str | list[int]) -> int:
