@@ -40,9 +40,10 @@ def test_min_lr_reaches_the_cosine_schedule():
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
 def test_min_lr_reaches_the_schedules_that_follow_the_loss(schedule):
     flags = ["--lr_scheduler_type", schedule, "--eval_split", "0.1", "--min_lr", "1e-6"]
-    assert parse_arguments([*BASE, *flags])[2].lr_scheduler_kwargs == {"min_lr": 1e-6}
+    highest = {"max_lr": 5e-5} if schedule == "greedy" else {}
+    assert parse_arguments([*BASE, *flags])[2].lr_scheduler_kwargs == {"min_lr": 1e-6} | highest
     own = parse_arguments([*BASE, *flags, "--lr_scheduler_kwargs", '{"min_lr": 1e-7}'])[2]
-    assert own.lr_scheduler_kwargs == {"min_lr": 1e-7}
+    assert own.lr_scheduler_kwargs == {"min_lr": 1e-7} | highest
 
 
 def test_optional_switches_need_no_value():
