@@ -21,14 +21,14 @@ GATHER = "stage3_gather_16bit_weights_on_model_save"
 # Of DeepSpeed 0.19.8, which ignores others at the top level: what DeepSpeedConfig, and code around it, reads.
 OBJECTS = names("""
     activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger compile csv_monitor
-    data_efficiency data_types datastates_ckpt expert_parallel flops_profiler fp16 hybrid_engine inference optimizer
-    pipeline scheduler tensor_parallel tensorboard timers torch_autocast wandb weight_quantization zero_optimization
+    data_efficiency data_types datastates_ckpt flops_profiler fp16 optimizer pipeline scheduler tensorboard timers
+    torch_autocast wandb weight_quantization zero_optimization
 """)
 VALUES = names("""
-    communication_data_type data_parallel_size dataloader_drop_last disable_allgather disable_python_gc dump_state
+    communication_data_type dataloader_drop_last disable_allgather disable_python_gc dump_state
     gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor log_level
     managed_gradient_accumulation memory_breakdown prescale_gradients seq_parallel_communication_data_type
-    sequence_parallel_size steps_per_print train_batch_size train_micro_batch_size_per_gpu
+    steps_per_print train_batch_size train_micro_batch_size_per_gpu
     use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown zero_allow_untested_optimizer
     zero_force_ds_cpu_optimizer
 """)
@@ -36,6 +36,7 @@ REMOVED = names("""
     amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula progressive_layer_drop
     quantize_training sparse_attention sparse_gradients
 """)  # by 0.19, which says so: what reads them is gone
+NOT_HERE = names("tensor_parallel expert_parallel sequence_parallel_size data_parallel_size hybrid_engine inference")
 OBJECTS_OF_ZERO = ("offload_optimizer", "offload_param", "zenflow", "leaf_module")
 EXCLUDED = {"scheduler": ("lr_scheduler_type", "lr_scheduler_kwargs", "min_lr"), "optimizer": ("optim", "optim_args")}
 
@@ -67,10 +68,14 @@ def check_names(config: dict[str, Any], where: str) -> None:
     """Refuse keys of the top level that DeepSpeed does not know, and a section that is not an object."""
     known = (*OBJECTS, *VALUES, *REMOVED)
     for key in config:
+        if key in NOT_HERE:
+            raise Refused(f"{where}: {key}: not supported here: each process trains the whole model. Leave it out")
         if key not in known:
             raise Refused(f"{where}: {key}: unknown key{nearest(key, known)}")
     zero = config.get("zero_optimization")
     sections = {key: config[key] for key in OBJECTS if key in config}
+    if not zero:
+        raise Refused(f'{where}: zero_optimization is missing, e.g. {{"stage": 2}}')
     if isinstance(zero, dict):
         sections |= {f"zero_optimization.{key}": zero[key] for key in OBJECTS_OF_ZERO if zero.get(key) is not None}
         stage = zero.get("stage", 0)
@@ -95,6 +100,10 @@ def put_right(config: dict[str, Any]) -> None:
     if isinstance(scale, float) and 0 < scale < 1:
         fp16["min_loss_scale"] = 1
         choice("fp16.min_loss_scale", 1, f"the file has {scale}; today's DeepSpeed takes whole numbers")
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        if zero.pop(old, None) is True:
+            zero.setdefault(new, {"device": "cpu"})
+            choice(f"zero_optimization.{new}", zero[new], f"the file has {old}")
     if zero.get(distance) == "auto":
         zero[distance] = 10**9
         choice(f"zero_optimization.{distance}", "1e9", "nothing fills in the file's `auto`; this is the default")
@@ -114,8 +123,14 @@ def check_deepspeed(config: dict[str, Any], given: dict[str, Any], use_lora: boo
     if zero.get("stage") == 3 and not use_lora and zero.get(GATHER) is not True:
         zero[GATHER] = True
         choice(f"zero_optimization.{GATHER}", True, "the final directory would have no weights")
-    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    import torch
+    from deepspeed.runtime import lr_schedules
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig, DeepSpeedConfigError
 
+    for section, known in (("optimizer", DEEPSPEED_OPTIMIZERS), ("scheduler", lr_schedules.VALID_LR_SCHEDULES)):
+        kind = str(config.get(section, {}).get("type", ""))
+        if section in config and kind.lower() not in map(str.lower, known) and not hasattr(torch.optim, kind):
+            raise Refused(f"--deepspeed: {section}.type: expected one of {' '.join(known)}, found {kind or 'nothing'}")
     batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     filled = {key: value for key, value in config.items() if value != "auto"} | dict.fromkeys(batch, 1)
     try:
@@ -144,7 +159,8 @@ def faults(error: Any) -> Iterator[str]:
             known = [name for n, field in model.model_fields.items() for name in (field.alias or n,)] if model else []
             yield f"{where}: unknown key{nearest(str(key), known)}"
         elif fault["loc"]:
-            said = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            yield f"{where}: expected {said}, found {json.dumps(fault['input'], default=str)}"
+            rule = fault["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
+            found = json.dumps(fault["input"], default=str)
+            yield f"{where}: {rule.removeprefix(f'{where} ')}, found {found}"
         else:
             yield f"{where}: {fault['msg'].removeprefix('Value error, ').removeprefix('Assertion failed, ')}"

@@ -24,7 +24,7 @@ from sft.messages import Refused
 from sft.training.environment import refuse_together
 from sft.training.rates import keep_above_lowest
 
-SET_BY_OTHER_FLAGS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"}
+SET_BY_OTHER_FLAGS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 STEPS = 1000  # of a run whose length is not known yet
 
 
@@ -36,7 +36,7 @@ def refusing(flags: str, advice: str = "") -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:  # libraries raise anything
-        why = re.sub(r"^\w+(\.\w+)*\(\) ", "", " ".join(str(error).split())).rstrip(".")
+        why = re.sub(r"^[\w.<>]+\(\) ", "", " ".join(str(error).split())).rstrip(".")
         raise Refused(f"{flags}: {why or type(error).__name__}" + (f". {advice}" if advice else "")) from error
 
 
@@ -57,7 +57,7 @@ def try_out(args: TrainingArguments) -> None:
     again = getattr(args, "activation_checkpointing_kwargs", args.gradient_checkpointing_kwargs)  # 5.17: the old name
     if again:
         with refusing(f"--gradient_checkpointing_kwargs {again}"):
-            checkpoint(lambda x: x, torch.ones(1), **({"use_reentrant": False} | again))
+            checkpoint(lambda x: x, torch.ones(1, requires_grad=True), **({"use_reentrant": False} | again))
     with refusing(f"--report_to {' '.join(args.report_to)}"):
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()
@@ -141,22 +141,23 @@ def reads(args: TrainingArguments, key: str, kwargs: dict[str, Any]) -> bool:
 
 def check_offload(args: TrainingArguments, optimizer: Optimizer) -> None:
     """Refuse under offload what would be replaced without a word: accelerate 1.15 puts DeepSpeed's Adam on the CPU in
-    place of any optimiser but AdamW and Adagrad, which have one of their own there."""
+    place of any optimiser; with Adagrad it fails."""
     config = args.hf_deepspeed_config.config
     device = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     if device == "none" or "optimizer" in config or not config.get("zero_force_ds_cpu_optimizer", True):
         return
-    if not isinstance(optimizer, (AdamW, torch.optim.Adagrad)):
+    if not isinstance(optimizer, AdamW):
         raise Refused(
             f"--optim {args.optim.value}: under offload_optimizer DeepSpeed runs AdamW on the CPU in its place. Give "
-            "--optim adamw_torch or adagrad, or a DeepSpeed file without offload"
+            "--optim adamw_torch, or a DeepSpeed file without offload"
         )
-    from deepspeed.ops.op_builder import CPUAdagradBuilder, CPUAdamBuilder
+    from deepspeed.ops.op_builder import CPUAdamBuilder
 
-    builder = CPUAdamBuilder() if isinstance(optimizer, AdamW) else CPUAdagradBuilder()
+    builder = CPUAdamBuilder()
     if not builder.is_compatible(verbose=False):
-        why = builder.error_log or "its extension cannot be built here"
-        raise Refused(f"--deepspeed: offload_optimizer needs DeepSpeed's {builder.name}: {why}")
+        raise Refused(
+            f"--deepspeed: offload_optimizer: cpu_adam cannot be built here: {builder.error_log or 'see ds_report'}"
+        )
 
 
 def try_scheduler(args: TrainingArguments, optimizer: Optimizer) -> None:
@@ -166,7 +167,8 @@ def try_scheduler(args: TrainingArguments, optimizer: Optimizer) -> None:
     if kwargs and kind.value in ("constant", "constant_with_warmup"):  # get_scheduler leaves them out
         raise Refused(f"{flags}: this schedule takes none")
     known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters.keys() - SET_BY_OTHER_FLAGS
-    with refusing(flags, f"--lr_scheduler_kwargs takes: {' '.join(sorted(known)) or 'nothing'}"):
+    advice = f"--lr_scheduler_kwargs takes: {' '.join(sorted(known)) or 'nothing'}" if "kwargs" not in known else ""
+    with refusing(flags, advice):
         scheduler = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, kwargs)
         keep_above_lowest(scheduler, args, steps)
 
