@@ -44,6 +44,9 @@ def check_values(values: dict[str, Any]) -> None:
         raise Refused("--eval_split and --eval_data_file: one of them")
     if values["enable_jit_checkpoint"]:
         raise Refused("--enable_jit_checkpoint: leave it out: every run saves a checkpoint at SIGTERM, on all ranks")
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if values[name]:
+            raise Refused(f"--{name}: leave it out: evaluation is part of the training, and computes as it does")
     by_length = values["group_by_length"] or values["train_sampling_strategy"] in (
         "group_by_length",
         "batch_rebalance",

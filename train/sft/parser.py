@@ -30,6 +30,12 @@ NO_EFFECT = {
     "layer_norm_eps": "these models have no LayerNorm",
     "save_safetensors": "weights are always saved as safetensors",
 }
+# Hugging Face's that would change nothing here, and why.
+OURS, LOSS = "what a batch has is decided here", "the loss is what an evaluation measures"
+IGNORED = dict.fromkeys(("label_names", "remove_unused_columns", "length_column_name"), OURS)
+IGNORED |= dict.fromkeys(("include_for_metrics", "batch_eval_metrics", "prediction_loss_only", "do_predict"), LOSS)
+IGNORED |= dict.fromkeys(("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"), LOSS)
+IGNORED |= {"restore_callback_states_from_checkpoint": "a run that goes on always does"}
 # What people mean who come from other toolkits, where that is not the nearest in spelling.
 MEANT = {
     "learning_rate": "lr",

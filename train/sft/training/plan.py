@@ -13,7 +13,7 @@ from typing import Any
 from sft import checks
 from sft.arguments import DataArguments, ModelArguments, TrainingArguments, defaults
 from sft.messages import MASK, Refused, choice, note
-from sft.parser import NO_EFFECT, parse_flags
+from sft.parser import IGNORED, NO_EFFECT, parse_flags
 from sft.training import environment, fields
 from sft.training.choose import choose_checkpoint
 from sft.training.deepspeed_file import check_deepspeed, read_deepspeed_file
@@ -36,9 +36,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     the checkpoint's run.
     """
     given = parse_flags(argv)
-    for name in NO_EFFECT.keys() & given.keys():
-        note(f"--{name}: no effect: {NO_EFFECT[name]}")
-        del given[name]
+    for name, why in (NO_EFFECT | IGNORED).items():
+        if name in given:
+            note(f"--{name}: no effect: {why}")
+            del given[name]
     if "deepspeed" in given:
         given["deepspeed"] = read_deepspeed_file(given["deepspeed"])
     environment.set_rendezvous_variables(deepspeed=False)

@@ -78,8 +78,11 @@ def try_devices(args: TrainingArguments) -> None:
         raise Refused("--fsdp: needs several processes with a GPU each, and no --deepspeed. Leave it out")
     if args.use_liger_kernel and args.use_cpu:
         raise Refused("--use_liger_kernel: its kernels need a GPU. Leave it out")
-    if args.world_size > 1 and not args.accelerator_config.even_batches:
+    config = args.accelerator_config
+    if args.world_size > 1 and not config.even_batches:
         raise Refused("--accelerator_config: with even_batches false ranks wait for ever for one that has no batch")
+    if args.world_size > 1 and (config.split_batches or config.dispatch_batches):
+        raise Refused("--accelerator_config: split_batches and dispatch_batches cannot divide rows of any length")
     if not args.deepspeed:
         return
     from deepspeed.accelerator import get_accelerator
