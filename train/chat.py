@@ -15,6 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import sft  # noqa: F401  first: it says what is missing
+
+# isort: split
 import torch
 from jinja2 import TemplateError
 

@@ -24,6 +24,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import sft  # noqa: F401  first: it says what is missing
+
+# isort: split
 from safetensors import SafetensorError
 
 from sft.merging import (

@@ -12,6 +12,9 @@ import math
 import sys
 from pathlib import Path
 
+import sft  # noqa: F401  first: it says what is missing
+
+# isort: split
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging

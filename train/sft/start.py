@@ -27,7 +27,8 @@ if __name__ == "__main__":
     stopping.end_at_signals(stopping.BEFORE_THE_FIRST_STEP)  # the imports take seconds
     name_job()
 
-from sft.arguments import check_values, defaults
+from sft.arguments import defaults
+from sft.checks import check_values
 from sft.messages import Refused, guard, report_refusal, run_script
 from sft.nodes.examine import number_of_gpus
 from sft.nodes.launch import launch
@@ -73,6 +74,7 @@ class Job:
 def read_variables(given: dict[str, Any]) -> dict[str, str]:
     """train.sh's variables, with the values of flags that are given."""
     variables = {name: os.environ.get(name, "") for name in (*FLAG_OF, "HOST_GPU_NUM")}
+    variables |= {name: os.path.expanduser(variables[name]) for name in FLAG_OF}
     for name, flag in FLAG_OF.items():
         if given.get(flag):
             variables[name] = str(given[flag])
