@@ -3,8 +3,8 @@
     python show_rows.py --model DIR --file rows.jsonl            # lengths, and what share of the tokens is supervised
     python show_rows.py --model DIR --file rows.jsonl --row 12   # line 12 as it will be trained, token by token
 
-Runs the code that a tokenizer's directory brings with it. Refused (exit code 2): a directory without a tokenizer or a
-chat template, and the files and rows that train.py refuses.
+Runs the code that a tokenizer's directory brings with it, unless --trust_remote_code false is given. Refused (exit
+code 2): a directory without a tokenizer or a chat template, and the files and rows that train.py refuses.
 """
 
 import math
@@ -19,6 +19,8 @@ from sft.data.chat_format import ChatFormat
 from sft.data.examples import Examples, Options, encode_rows, load_examples
 from sft.data.rows import data_files, read_lines
 from sft.messages import Parser, Refused, run_script
+from sft.model.directory import ModelDirectory
+from sft.model.generations import report_code
 from sft.model.pretrained import load_tokenizer
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
@@ -35,13 +37,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--train_on", choices=("all", "last"), default="all")
     parser.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate")
     parser.add_argument("--bad_rows", choices=("error", "skip"), default="error")
+    parser.add_trust()
     args = parser.parse_args(argv)
     if args.max_seq_length < 2:
         raise Refused(f"--max_seq_length {args.max_seq_length}: must be at least 2")
     logging.set_verbosity_error()
     if not Path(args.model).is_dir():
         raise Refused(f"--model {args.model}: no such directory")
-    tokenizer = load_tokenizer(Path(args.model))
+    report_code(ModelDirectory(None, args.model, tokenizer_trusted=args.trust_remote_code))
+    tokenizer = load_tokenizer(Path(args.model), args.trust_remote_code)
     options = Options(args.max_seq_length, args.train_on, args.overlong)
     if args.row is None:
         show_file(load_examples(args.file, tokenizer, options, args.bad_rows, flag="--file"))

@@ -1,7 +1,9 @@
 """An adapter knows its base: base.json is written wherever an adapter is saved, and merging, chat and resuming hold to
 it."""
 
+import hashlib
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -52,6 +54,10 @@ remote = pytest.mark.parametrize("made", ALL[1:2], indirect=True)
 
 def read(directory, name="base.json"):
     return json.loads((directory / name).read_text())
+
+
+def sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def listing(folder):
@@ -149,15 +155,39 @@ def test_resuming_with_other_code_is_refused(made, run_here, tmp_path):
     assert run.returncode == 2 and "Traceback" not in run.stderr and not (tmp_path / "out").exists(), run.stderr
 
 
+@remote
+@pytest.mark.parametrize("script", ["merge", "chat", "train", "rows"])
+def test_consent_to_code(script, made, run_here, tmp_path):
+    """M21: with `false` nothing of the directory runs, and what only its code computes is refused; else the files that
+    run are named, each once with its hash."""
+    command = {
+        "merge": ["merge_lora_weight.py", "--adapter_model_path", made.out, "--verify", "logits", "--output_path"],
+        "chat": ["chat.py", made.out, "--prompt", "1", "--max_new_tokens", 2],
+        "train": ["train.py", *made.flags, "--max_steps", 2, "--resume_from_checkpoint", made.out / "checkpoint-2"],
+        "rows": ["show_rows.py", "--model", made.base, "--file", made.flags[1]],
+    }[script]
+    command += {"merge": [tmp_path / "merged"], "train": ["--output_dir", tmp_path / "out"]}.get(script, [])
+    run = run_here(command[0], [*command[1:], "--trust_remote_code", "false"])
+    assert "code that runs" not in run.stdout + run.stderr and "Traceback" not in run.stderr
+    if script != "rows":  # the tokenizer brings none
+        assert run.returncode == 2 and "is computed by code that it brings: allow that (--trust" in run.stderr
+        assert not (tmp_path / "merged").exists() and not (tmp_path / "out").exists()
+    run = run_here(command[0], command[1:])
+    assert run.returncode == 0, run.stderr
+    said = re.findall(r"^code that runs = (\S+) \(sha256 (\w+);", run.stderr if script == "chat" else run.stdout, re.M)
+    names = ["configuration_hunyuan.py"] + ["modeling_hunyuan.py"] * (script != "rows")
+    assert sorted(said) == [(str(made.base / name), sha256(made.base / name)[:16]) for name in names]
+
+
 @dense
-def test_resuming_where_the_code_that_trained_may_not_run_is_refused(made, run_here, tmp_path):
-    """As with --trust_remote_code false; where the adapter's tensors would fit the other class."""
+def test_code_that_the_base_does_not_bring_is_refused(made, run_here, tmp_path):
+    """Where the adapter's tensors would fit the other class."""
     adapter = shutil.copytree(made.out / "checkpoint-1", tmp_path / "checkpoint-1")
     (adapter / "base.json").write_text(json.dumps(read(adapter) | {"code": "remote"}))
     as_saved(adapter)
     args = [*made.flags, "--max_steps", 2, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", adapter]
-    run = run_here("train.py", args)
-    assert run.returncode == 2 and "allow remote code, which trained the adapter" in run.stderr, run.stderr
+    for run in (run_here("train.py", args), run_here("chat.py", [adapter, "--prompt", "1"])):
+        assert run.returncode == 2 and "brings no code that computes it" in run.stderr, run.stderr
     assert not (tmp_path / "out").exists()
 
 

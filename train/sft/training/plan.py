@@ -16,6 +16,7 @@ from sft.messages import MASK, Refused, choice, note
 from sft.parser import NO_EFFECT, parse_flags
 from sft.training import environment, fields
 from sft.training.choose import choose_checkpoint
+from sft.training.from_adapter import split_adapter
 from sft.training.record import new_record, read_record
 from sft.training.reshard import steps_for_ranks
 from sft.training.resume import read_trainer_state
@@ -39,9 +40,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     environment.set_rendezvous_variables(deepspeed=False)
     checkpoint, earlier = choose_checkpoint(given), {}
     given.pop("resume_from_checkpoint", None)
-    values, steps = defaults() | given, None
+    adapter, own = split_adapter(given)
+    values, steps = defaults() | own | given, None
     if checkpoint:
-        given["resume_from_checkpoint"] = str(checkpoint)
+        given["resume_from_checkpoint"], adapter = str(checkpoint), None
         read_trainer_state(checkpoint)
         earlier = read_record(checkpoint)
         with refusing():
@@ -57,7 +59,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         export_keys(chosen["deepspeed"] or {})
         model, data, training = arguments.build(chosen)
         environment.use_built_arguments(training)
-    model.given = frozenset(given)
+    model.given, model.adapter = frozenset(given), adapter
     training.record = earlier | new_record(values, training)
     if steps:  # the run's stay: it may go on with other numbers again
         training.record["processes"] = earlier["processes"]
