@@ -67,7 +67,8 @@ def load_adapter(model: PreTrainedModel, adapter: Path, is_trainable: bool = Fal
     begin them afresh, with a warning at most."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    stored = {name for name in open_tensors(adapter / ADAPTER_FILE).keys() if ".base_layer." not in name}  # noqa: SIM118
+    stored = set(open_tensors(adapter / ADAPTER_FILE).keys())
+    stored = {name for name in stored if not name.endswith(".base_layer.weight")}  # an adapted head's
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")
