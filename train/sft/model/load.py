@@ -37,18 +37,8 @@ ROWS_RUN_TOGETHER = (
 
 
 # What is fetched of a hub id, as fnmatch takes it; and not from folders, but for additional_chat_templates.
-FETCHED = [
-    "*.json",
-    "*.jsonl",
-    "*.jinja",
-    "*.txt",
-    "*.py",
-    "*.tiktoken",
-    "*.model",
-    "*.vocab",
-    "*LICEN[CS]E*",
-    "*NOTICE*",
-]
+FETCHED = ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.py", "*.tiktoken", "*.model", "*.vocab"]
+FETCHED += ["*LICEN[CS]E*", "*icen[cs]e*", "*NOTICE*", "*otice*"]
 NOT_FETCHED = ["[!a]*/*", "a[!d]*/*"]
 
 

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     if (old / BIN_INDEX).is_file():
         index = read_json(old / BIN_INDEX)
         places = {name: renamed(file) for name, file in index["weight_map"].items()}
-        write_json(new / INDEX, index | {"weight_map": places})
+        write_json(new / INDEX, {"metadata": {}} | index | {"weight_map": places})
     shutil.copyfile(old / "config.json", new / "config.json")
     print(f"written: {new}")
 
