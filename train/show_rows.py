@@ -4,8 +4,8 @@
     python show_rows.py --model DIR --file rows.jsonl --row 12   # line 12 as it will be trained, token by token
     python show_rows.py --model DIR --file rows.jsonl --warnings # every line that something is to be said of
 
-Runs the code that a tokenizer's directory brings with it. Refused (exit code 2): a directory without a tokenizer or a
-chat template, and the files and rows that train.py refuses.
+Runs the code that a tokenizer's directory brings with it, unless --trust_remote_code false is given. Refused (exit
+code 2): a directory without a tokenizer or a chat template, and the files and rows that train.py refuses.
 """
 
 import math
@@ -24,6 +24,8 @@ from sft.data.examples import Examples, Options, encode_rows, load_examples
 from sft.data.lines import data_files, read_lines
 from sft.data.shapes import shape_in
 from sft.messages import Parser, Refused, run_script
+from sft.model.directory import ModelDirectory
+from sft.model.generations import report_code
 from sft.model.pretrained import load_tokenizer
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> None:
     """Print what the arguments ask for. Raises Refused."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="directory of the model or tokenizer")
-    parser.add_argument("--file", required=True, nargs="+", help="jsonl files or globs, plain or .gz")
+    parser.add_argument("--file", required=True, nargs="+", help="files or globs, plain or gzip")
     parser.add_argument("--row", type=int, help="print this line (from 1) of the first file, token by token")
     parser.add_argument("--warnings", action="store_true", help="print each line that is bad or warned of, and why")
     parser.add_argument("--max_seq_length", type=int, default=4096, help="tokens a sequence at most; default 4096")
@@ -42,13 +44,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--history", choices=("as_written", "answers"), default="as_written")
     parser.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate")
     parser.add_argument("--bad_rows", choices=("error", "skip"), default="error")
+    parser.add_trust()
     args = parser.parse_args(argv)
     if args.max_seq_length < 2:
         raise Refused(f"--max_seq_length {args.max_seq_length}: must be at least 2")
     logging.set_verbosity_error()
     if not Path(args.model).is_dir():
         raise Refused(f"--model {args.model}: no such directory")
-    tokenizer = load_tokenizer(Path(args.model))
+    report_code(ModelDirectory(None, args.model, tokenizer_trusted=args.trust_remote_code))
+    tokenizer = load_tokenizer(Path(args.model), args.trust_remote_code)
     options = Options(args.max_seq_length, args.train_on, args.overlong, args.history)
     if args.warnings:
         show_warnings(args.file, tokenizer, options)

@@ -232,6 +232,16 @@ def test_an_old_python_and_missing_packages(monkeypatch, capsys):
     assert end.value.code == 2 and "is Python 3.9, and 3.11 or newer is needed" in capsys.readouterr().err
 
 
+def test_an_adapter_as_the_model_gets_the_recipe_of_adapters(started, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).touch()
+    values, _, _ = started(MODEL_PATH=tmp_path, TRAIN_DATA_FILE="rows.jsonl")
+    assert (values["learning_rate"], values["min_lr"]) == (1e-4, 1e-5) and "use_lora" not in values
+    assert values["output_dir"].endswith(f"output/{tmp_path.name}-lora")
+    (tmp_path / "model.safetensors").touch()  # a merge beside its adapter
+    assert started(MODEL_PATH=tmp_path, TRAIN_DATA_FILE="rows.jsonl")[0]["learning_rate"] == 1e-5
+
+
 def test_help_has_a_line_for_each_flag():
     text = parser.help_text()
     ours, theirs = text.split("Hugging Face's TrainingArguments:")

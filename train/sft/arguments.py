@@ -4,7 +4,7 @@ Refused here (exit code 2): a DeepSpeed file that contradicts the flags, a repor
 """
 
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import transformers
 from transformers.integrations import get_available_reporting_integrations
@@ -34,12 +34,10 @@ class ModelArguments:
     """Which model is trained, how it is built, and which part of it."""
 
     model_name_or_path: str | None = option(
-        None, "Model directory or hub id. Not given: a model is built from the architecture flags."
+        None, "A model, an adapter, or a hub id. Not given: built from the architecture flags."
     )
     tokenizer_name_or_path: str | None = option(None, "Tokenizer directory. Default: the model's.")
-    trust_remote_code: bool | None = yes_no(
-        "Run the directory's code. Default: true for a local directory, false for a hub id."
-    )
+    trust_remote_code: bool | None = yes_no("Run code that a directory brings. Default: a local one's, no hub id's.")
     model_code: Literal["auto", "native", "remote"] = option(
         "auto", "auto: transformers' class where it computes the same model."
     )
@@ -75,7 +73,7 @@ class ModelArguments:
     )
     use_rslora: bool = option(False, "Scale the adapter by alpha / sqrt(rank) (rsLoRA).")
     use_dora: bool = option(False, "Train the magnitudes of the weights' columns beside the adapter (DoRA).")
-    any_base: bool = option(False, "Resume an adapter on another base than the one that it was trained on.")
+    any_base: bool = option(False, "Train an adapter on another base than the one that it was trained on.")
     trainable_params: str | None = option(None, "Regular expression: train the parameters in whose names it is found.")
     train_attention_params_only: bool = option(False, "Train the attention layers and nothing else.")
     make_moe_param_leaf_module: bool = option(False, "Under ZeRO-3, gather an MoE layer's parameters at once.")
@@ -83,6 +81,7 @@ class ModelArguments:
 
     hub_ids: ClassVar[dict[str, str]] = {}  # {directory: the hub id whose files were fetched into it}
     given = frozenset[str]()  # the flags that this start was given
+    adapter = cast(Any, None)  # the directory of one to begin from; model_name_or_path is then its base
 
 
 @dataclass

@@ -17,6 +17,7 @@ from sft.parser import IGNORED, NO_EFFECT, parse_flags
 from sft.training import environment, fields
 from sft.training.choose import choose_checkpoint
 from sft.training.deepspeed_file import check_deepspeed, read_deepspeed_file
+from sft.training.from_adapter import split_adapter
 from sft.training.rates import set_lowest_rate
 from sft.training.record import new_record, read_record
 from sft.training.reshard import steps_for_ranks
@@ -45,9 +46,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     environment.set_rendezvous_variables(deepspeed=False)
     checkpoint, earlier = choose_checkpoint(given), {}
     given.pop("resume_from_checkpoint", None)
-    values, steps = defaults() | given, None
+    adapter, own = split_adapter(given)
+    values, steps = defaults() | own | given, None
     if checkpoint:
-        given["resume_from_checkpoint"] = str(checkpoint)
+        given["resume_from_checkpoint"], adapter = str(checkpoint), None
         read_trainer_state(checkpoint)
         earlier = read_record(checkpoint)
         with refusing():
@@ -66,7 +68,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         model, data, training = checks.build(chosen)
         environment.use_built_arguments(training)
     try_out(training)
-    model.given = frozenset(given)
+    model.given, model.adapter = frozenset(given), adapter
     training.record = earlier | new_record(values, training)
     if steps:  # the run's stay: it may go on with other numbers again
         training.record["processes"] = earlier["processes"]
