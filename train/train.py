@@ -28,6 +28,7 @@ from sft.arguments import DataArguments, ModelArguments, TrainingArguments
 from sft.data.batches import Collator, Data, load_data
 from sft.messages import guard, note, run_script
 from sft.model.load import accepts_loss_kwargs, check_own_class, load_model, takes_supervised_head
+from sft.quiet import leave_out_harmless_messages
 from sft.training.disk import check_space, why_not_saved
 from sft.training.environment import exit_all_ranks, failing_together, first_rank_refuses
 from sft.training.go_on import GoOn
@@ -44,6 +45,7 @@ from sft.training.trainer import Trainer
 
 def main(argv: list[str]) -> None:
     """The whole job. Raises Refused for wrong input, SystemExit where the run stops before its end."""
+    leave_out_harmless_messages()
     # 1. Arguments. What can be refused is refused here and in 2, before a model is loaded.
     model_args, data_args, training_args = parse_arguments(argv)
     start = find_start(model_args, data_args, training_args)
@@ -79,7 +81,7 @@ def main(argv: list[str]) -> None:
     with saving():
         trainer.save_model()
         trainer.save_state()
-        write_results(trainer, result.metrics["train_loss"], probe, data.figures)
+        write_results(trainer, result.metrics, probe, data.figures)
     note(f"done: {training_args.output_dir}")
 
 
@@ -123,7 +125,7 @@ def make_trainer(
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     go_on = GoOn(trainer, start.best)
-    for ours in (ProgressLine(), go_on, StopOnRequest(go_on)):
+    for ours in (ProgressLine(trainer.meter), go_on, StopOnRequest(go_on)):
         trainer.add_callback(ours)
     return trainer
 

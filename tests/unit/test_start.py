@@ -47,7 +47,7 @@ def started(monkeypatch):
     """`started(*flags, gpus=0, **variables)`: what would run: ({flag: value}, words, choices)."""
 
     def get(*flags, gpus=0, **variables):
-        for name in (*VARIABLES, "GO_ON_WITH", "TQDM_MININTERVAL"):
+        for name in (*VARIABLES, "GO_ON_WITH", "ON_TERMINAL"):
             monkeypatch.setenv(name, "")  # put back at the end
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))

@@ -40,6 +40,11 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def on_terminal() -> bool:
+    """Whether somebody watches, for whom a bar is drawn: train.sh, which copies what is printed, says so."""
+    return sys.stderr.isatty() or os.environ.get("ON_TERMINAL") == "1"
+
+
 def note(message: str) -> None:
     """Print one line on stdout, from rank 0 alone."""
     if is_first_rank():
@@ -136,6 +141,8 @@ def run_script(
     """
     code = 0
     guard(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         main()
     except Refused as refusal:

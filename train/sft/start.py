@@ -172,17 +172,15 @@ def left_of(recipe: list[str], given: dict[str, Any], gpus: int) -> list[str]:
 
 @contextlib.contextmanager
 def logged(log: Path) -> Iterator[None]:
-    """Copy what this process and its children print to a file, to the last line: the copier ignores signals and ends
-    once they have ended."""
+    """Copy what this process and its children print to a file (copy_log.py), to the last line."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    copier = 'trap "" INT TERM HUP; exec tee -a -- "$0"'
-    tee = subprocess.Popen(["sh", "-c", copier, str(log)], stdin=subprocess.PIPE)
-    assert tee.stdin
+    copier = subprocess.Popen([sys.executable, TRAIN / "sft" / "copy_log.py", log], stdin=subprocess.PIPE)
+    assert copier.stdin
     for number in (1, 2):
-        os.dup2(tee.stdin.fileno(), number)
-    tee.stdin.close()
+        os.dup2(copier.stdin.fileno(), number)
+    copier.stdin.close()
     try:
         yield
     finally:
@@ -191,7 +189,7 @@ def logged(log: Path) -> Iterator[None]:
         for number, own in zip((1, 2), kept):
             os.dup2(own, number)
         with contextlib.suppress(subprocess.TimeoutExpired):  # a process that has detached itself may hold it
-            tee.wait(timeout=10)
+            copier.wait(timeout=10)
 
 
 def run(job: Job, command: list[str], values: dict[str, Any]) -> int:
@@ -252,7 +250,7 @@ def main(argv: list[str]) -> None:
     if "resume_from_checkpoint" not in values:
         check_values(defaults() | values)
     os.environ["HOST_GPU_NUM"] = job.variables["HOST_GPU_NUM"]
-    os.environ.setdefault("TQDM_MININTERVAL", "1")  # seconds; the bar goes to the log too
+    os.environ["ON_TERMINAL"] = str(int(os.isatty(1)))  # for the bar: what is printed is copied
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.exit(run(job, command, values))
 

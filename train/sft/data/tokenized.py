@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from sft.data.lines import Unreadable, is_gzip, read_lines
 from sft.data.report import Report
 from sft.data.shapes import shape_in
-from sft.messages import Refused
+from sft.messages import Refused, note, on_terminal
 from sft.processes import die_with_parent
 
 CHUNK = 2**19  # bytes of rows that are tokenized at a time
@@ -167,15 +166,18 @@ def write_rows(path: Path, file: Path, encode: Encode, workers: int) -> Report:
     """Stream the file's lines through `encode` into an Arrow file, in order."""
     size, report = file.stat().st_size, Report()
     workers = workers if is_gzip(file) else min(workers, math.ceil(size / CHUNK))
-    # the bar appears when a pass takes more than a moment; in a log file it is a line now and then
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenizing {file.name}", delay=2,
-               mininterval=0.5 if sys.stderr.isatty() else 20)  # fmt: skip
+    # the bar appears when a pass takes more than a moment; without a terminal a line now and then
+    bar, said = tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenizing {file.name}", delay=2,
+                     disable=not on_terminal()), time.monotonic()  # fmt: skip
     schema = encode([])[0].schema
     with bar, pa.ipc.new_stream(str(path), schema) as writer:
         for (table, found), position in encoded(chunks(file, report.notes), encode, workers):
             report.add(found)
             writer.write_table(table)
             bar.update(position - bar.n)
+            if bar.disable and time.monotonic() - said > 20:
+                said = time.monotonic()
+                note(f"tokenizing {file.name}: {position / size:.0%}")
     return report
 
 

@@ -106,11 +106,19 @@ def what_is_odd(value: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- ssh
 
 
+def in_the_foreground() -> bool:
+    """Whether somebody at a terminal can answer this process."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:  # no terminal, or another session's
+        return False
+
+
 def visit(nodes: list[Node]) -> None:
     """Where somebody can answer, connect once to each host that ssh does not know, so that it asks its question."""
     if len(nodes) > 1 and shutil.which("ssh") is None:
         raise Refused("NODE_IP_LIST: there is no ssh on this machine: apt-get install openssh-client")
-    if not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp():
+    if not in_the_foreground():
         return
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.DEVNULL) | {"stderr": subprocess.PIPE}
     hosts = [node.host for node in nodes[1:]]

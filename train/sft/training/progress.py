@@ -1,8 +1,12 @@
 """Progress and throughput: the line of each logging step, the count of tokens and seconds."""
 
+import os
 import re
 import resource
+import shlex
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from sft.data.examples import IGNORE_INDEX
+from sft.messages import in_units, note, on_terminal
 from sft.model.files import write_json
 from sft.model.moe import first_of
 from sft.training.probe import Probe
@@ -30,12 +35,31 @@ PEAK_FLOPS = {
 
 
 class ProgressLine(ProgressCallback):
-    """The Trainer's progress bar (none with `--disable_tqdm`), and at each logging step a line with step and loss."""
+    """On a terminal a bar (none with `--disable_tqdm`), and at each logging step a line with step, loss, tokens/s (the
+    first rank's times the ranks) and the time that is left."""
+
+    def __init__(self, meter: "Meter"):
+        super().__init__()
+        self.meter, self.evaluated = meter, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm)
-        self.current_step = 0
+            hidden = args.disable_tqdm or not on_terminal()
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, disable=hidden
+            )
+        self.current_step = self.first_step = state.global_step
+        self.began, self.logged = time.perf_counter(), (0, 0.0)  # tokens and seconds
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        self.evaluated += 1
+        if self.training_bar is not None:
+            self.training_bar.set_postfix_str(f"evaluating: {self.evaluated} of {len(eval_dataloader)}")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluated = 0
+        if self.training_bar is not None:
+            self.training_bar.set_postfix_str("")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         kinds = [kind for kind in ("loss", "eval_loss") if kind in (logs or {})]
@@ -44,6 +68,13 @@ class ProgressLine(ProgressCallback):
         parts = [f"step {state.global_step}/{state.max_steps}"]
         parts += [f"{kind} {logs[kind]:.6f}" for kind in kinds]
         parts += [f"{key} {logs[key]:.4g}" for key in ("grad_norm", "learning_rate", "epoch") if key in logs]
+        if "loss" in kinds:
+            (tokens, seconds), before = (int(self.meter.counts[0]), self.meter.seconds), self.logged
+            self.logged = tokens, seconds
+            if seconds > before[1]:
+                parts.append(f"tokens/s {(tokens - before[0]) * args.world_size / (seconds - before[1]):.0f}")
+            left = (state.max_steps - state.global_step) * (time.perf_counter() - self.began)
+            parts.append(f"left {timedelta(seconds=round(left / (state.global_step - self.first_step)))}")
         tqdm.write("  ".join(parts))  # above the bar, where there is one
 
 
@@ -152,10 +183,11 @@ def number_of_parameters(model: PreTrainedModel, trained: bool = False) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
-def write_results(trainer: Any, train_loss: float, probe: Probe | None, figures: dict[str, Any]) -> None:
-    """Write train_results.json: `figures` of the rows, and those of the run. All ranks must call."""
+def write_results(trainer: Any, metrics: dict[str, float], probe: Probe | None, figures: dict[str, Any]) -> None:
+    """Write train_results.json, `figures` of the rows and those of the run, and say how it went. All ranks must
+    call."""
     figures |= {
-        "train_loss": train_loss,
+        "train_loss": metrics["train_loss"],
         "global_step": trainer.state.global_step,
         "global_batch_size": trainer.get_total_train_batch_size(trainer.args),
         "trainable_params": number_of_parameters(trainer.model, trained=True),
@@ -167,3 +199,23 @@ def write_results(trainer: Any, train_loss: float, probe: Probe | None, figures:
         write_json(Path(trainer.args.output_dir, "train_results.json"), figures)
         if probe:
             probe.print_some()
+    report_end(trainer, figures, metrics["train_runtime"])
+
+
+def report_end(trainer: Any, figures: dict[str, Any], seconds: float) -> None:
+    """Say how a run went that has ended, and what may come next."""
+    output, rate = Path(trainer.args.output_dir), figures["tokens_per_second"]
+    said = [f"train_loss {figures['train_loss']:.6f}", f"{timedelta(seconds=round(seconds))}"]
+    said += [f"{rate:.0f} tokens/s"] if rate else []
+    said.append(f"at most {in_units(figures['peak_memory_bytes'])} of memory")
+    if best := trainer.state.best_model_checkpoint:
+        said.append(f"best {Path(best).name} ({trainer.args.metric_for_best_model} {trainer.state.best_metric:.6f})")
+    note(", ".join(said))
+    scripts, place = Path(sys.argv[0]).parent, shlex.quote(str(output))
+    if trainer.is_adapter:
+        note(f"to merge it: bash {shlex.quote(str(scripts / 'merge_lora_weight.sh'))} --adapter_model_path {place}")
+    talk = f"--adapter {place}" if trainer.is_adapter else place
+    if trainer.args.save_strategy != "no":
+        begin = os.environ.get("GO_ON_WITH") or f"python {shlex.quote(sys.argv[0])}"
+        note(f"to train it further: {begin} --resume_from_checkpoint {place} --max_steps {2 * figures['global_step']}")
+    note(f"to talk to it: python {shlex.quote(str(scripts / 'chat.py'))} {talk}")

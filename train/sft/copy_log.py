@@ -1,0 +1,28 @@
+"""Copy standard input to standard output as it is, and to the file that is named as lines of text, without what a
+progress bar has drawn over. Signals, a full disk and a terminal that is gone do not end it: it ends with its input.
+
+train.sh starts it; standard library only.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import sys
+
+
+def write(file: int, text: bytes) -> None:
+    with contextlib.suppress(OSError):
+        while text:
+            text = text[os.write(file, text) :]
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    log, rest = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), b""
+    while block := os.read(0, 2**16):
+        write(1, block)
+        *lines, rest = (rest + block).split(b"\n")
+        write(log, b"".join(re.sub(rb".*\r(?=.)", b"", line).rstrip(b"\r ") + b"\n" for line in lines))
+    write(log, rest)
