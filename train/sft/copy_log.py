@@ -17,6 +17,11 @@ def write(file: int, text: bytes) -> None:
             text = text[os.write(file, text) :]
 
 
+def as_line(text: bytes) -> bytes:
+    """What is left of a line once all of it is drawn."""
+    return re.sub(rb".*\r(?=.)", b"", text.rstrip(b"\r ")) + b"\n"
+
+
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -24,5 +29,5 @@ if __name__ == "__main__":
     while block := os.read(0, 2**16):
         write(1, block)
         *lines, rest = (rest + block).split(b"\n")
-        write(log, b"".join(re.sub(rb".*\r(?=.)", b"", line).rstrip(b"\r ") + b"\n" for line in lines))
-    write(log, rest)
+        write(log, b"".join(map(as_line, lines)))
+    write(log, as_line(rest) if rest else b"")

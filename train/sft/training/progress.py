@@ -46,7 +46,7 @@ class ProgressLine(ProgressCallback):
         if state.is_world_process_zero:
             hidden = args.disable_tqdm or not on_terminal()
             self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, disable=hidden
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, leave=False, disable=hidden
             )
         self.current_step = self.first_step = state.global_step
         self.began, self.logged = time.perf_counter(), (0, 0.0)  # tokens and seconds
