@@ -111,7 +111,7 @@ def test_the_shortcuts_are_what_they_shorten(name, format_tokenizer):
     tokenizer = format_tokenizer(name)
 
     class LongWay(TextEncoder):
-        token_bytes = [b""] * len(tokenizer)
+        token_bytes = np.array([b""] * len(tokenizer), object)
 
         def encode(self, texts):
             return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -94,7 +94,7 @@ class ChatFormat(ChatTemplate):
             places.append(i)
             past.append(earlier or message)
             messages.append(earlier if wraps and earlier else message)
-        return Row(messages, past, places, turns, wraps, json.dumps(switches, sort_keys=True), has_tools)
+        return Row(messages, past, places, turns, wraps, json.dumps(switches), has_tools)
 
     def is_misplaced(self, turn: Turn) -> bool:
         """Whether a turn has thinking, and where the template does not read it."""
