@@ -22,7 +22,7 @@ def apart(message):
         if answer.startswith("<answer>\n"):
             answer = answer[len("<answer>\n") : -len("\n</answer>")]
         return content[len("<think>\n") : cut].removesuffix("\n"), answer
-    return message.get("reasoning_content", message.get("thinking")), content
+    return message.get("reasoning_content") or message.get("thinking") or None, content
 
 
 def in_content(message):
@@ -205,7 +205,7 @@ def expected(name, row, history="as_written"):
         past = list(messages)
         if history == "answers":
             for k in (k for k in range(i) if messages[k]["role"] == "assistant"):
-                past[k] = messages[k] | {"content": apart(messages[k])[1], "reasoning_content": None}
+                past[k] = messages[k] | {"content": apart(messages[k])[1], "reasoning_content": None, "thinking": None}
         turn = RULES[name](name, row, past, i)
         if turn is None:
             return None

@@ -6,8 +6,9 @@
     python chat.py --prompt "你好"             # one reply, and nothing else, on stdout
 
 In the conversation /reset forgets what was said, /quit or end of file leaves, and Ctrl-C stops a reply. Runs the code
-that a model directory brings with it. Refused (exit code 2): a directory without model or chat template, weights that
-are missing, an adapter whose base is not there, that does not fit it or that was trained on another base.
+that a model directory brings with it, unless --trust_remote_code false is given. Refused (exit code 2): a directory
+without model or chat template, weights that are missing, an adapter whose base is not there, that does not fit it
+whole or that was trained on another base.
 """
 
 import contextlib
@@ -15,16 +16,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import sft  # noqa: F401  first: it says what is missing
+
+# isort: split
 import torch
 from jinja2 import TemplateError
 
-from sft.messages import OUTPUT_ROOT, Parser, Refused, newest, read_json, run_script
-from sft.model.adapter_base import check_base
+from sft.messages import OUTPUT_ROOT, Parser, Refused, in_one_line, newest, read_json, run_script
+from sft.model.adapter_base import check_base, use_code
 from sft.model.directory import ModelDirectory
-from sft.model.files import ADAPTER_FILE
-from sft.model.weight_files import INDEX
+from sft.model.files import ADAPTER_FILE, is_adapter
+from sft.model.generations import report_code
+from sft.model.weight_files import BIN_INDEX, INDEX
 
-MODEL_FILES = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+MODEL_FILES = ("model.safetensors", INDEX, "pytorch_model.bin", BIN_INDEX)
 
 
 def note(message: str) -> None:
@@ -39,7 +44,7 @@ def choose(model_dir: str | None, adapter_dir: str | None) -> tuple[Path, Path |
         model, why = newest(OUTPUT_ROOT, (ADAPTER_FILE, *MODEL_FILES)), "newest under train/output"
         if not model:
             raise Refused("no model under train/output; train one with train.sh, or give a model directory")
-    if model and (model / "adapter_config.json").is_file():
+    if model and is_adapter(model):
         if adapter:
             raise Refused(f"{model}: is an adapter itself; give the base's directory beside --adapter")
         model, adapter = None, model
@@ -59,7 +64,7 @@ def choose(model_dir: str | None, adapter_dir: str | None) -> tuple[Path, Path |
     return model, adapter
 
 
-def load(model_dir: Path, adapter: Path | None, any_base: bool) -> tuple[Any, Any]:
+def load(model_dir: Path, adapter: Path | None, any_base: bool, trusted: bool) -> tuple[Any, Any]:
     """(tokenizer, model) ready to generate: on the GPUs if there are any, in the dtype that config.json says."""
     from sft.model.pretrained import (  # takes seconds: only once the paths are right
         load_adapter,
@@ -70,9 +75,11 @@ def load(model_dir: Path, adapter: Path | None, any_base: bool) -> tuple[Any, An
     gpu = torch.cuda.is_available()
     has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
-        directory = ModelDirectory(model_dir, tokenizer=adapter if has_tokenizer else None)
-        directory.model_code = check_base(adapter, directory, any_base) if adapter else "auto"
-        tokenizer = load_tokenizer(directory.tokenizer_path)
+        directory = ModelDirectory(model_dir, adapter if has_tokenizer else None, trusted, trusted)
+        if adapter:
+            use_code(directory, check_base(adapter, directory, any_base))
+        report_code(directory)
+        tokenizer = load_tokenizer(directory.tokenizer_path, trusted)
         try:
             model = load_pretrained(directory, dtype="auto", device_map="auto" if gpu else None)
             if adapter:
@@ -80,8 +87,7 @@ def load(model_dir: Path, adapter: Path | None, any_base: bool) -> tuple[Any, An
         except Refused:
             raise
         except Exception as error:  # whatever the libraries or the directory's own code raise
-            why = " ".join(str(error).split())[:300]
-            raise Refused(f"{adapter or model_dir}: cannot be loaded: {why}") from None
+            raise Refused(f"{adapter or model_dir}: cannot be loaded: {in_one_line(error)}") from None
     note(f"device = {model.device} ({'GPU' if gpu else 'no GPU'})\ndtype = {str(model.dtype)[6:]} (config.json)")
     return tokenizer, model.eval()
 
@@ -126,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens a reply at most (default: 1024)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
     parser.add_argument("--any_base", action="store_true", help="use an adapter on another base than its own")
+    parser.add_trust()
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         raise Refused(f"--max_new_tokens {args.max_new_tokens}: must be 1 or more")
@@ -133,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         raise Refused(f"--temperature {args.temperature}: must be 0 or more")
 
     # 2. Which model, and how it generates
-    tokenizer, model = load(*choose(args.model_dir, args.adapter), args.any_base)
+    tokenizer, model = load(*choose(args.model_dir, args.adapter), args.any_base, args.trust_remote_code)
     template, before = thinking_off(tokenizer) if args.no_think else ({}, "")
     sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:

@@ -6,9 +6,10 @@
 
 Works on the safetensors files shard by shard and never builds the model: it needs memory for about one shard. A weight
 is merged in fp32 and rounded once; names, shards, index and the other files of a model are the base's, config.json but
-for its dtype. It is written to a temporary directory and renamed at the end. Refused (exit code 2, nothing at the
-output): what sft/merging.py refuses; another base than the adapter's; a base that is quantised, not whole or not
-safetensors; an output that is not empty.
+for its dtype; the tokenizer is the adapter's. Only `--verify logits` runs code that the base brings. The result is
+written to a temporary directory and renamed at the end. Refused (exit code 2, nothing at the output): what
+sft/merging.py refuses; another base than the adapter's; a base that is quantised, not whole or not safetensors; an
+output that is not empty.
 """
 
 import argparse
@@ -24,6 +25,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import sft  # noqa: F401  first: it says what is missing
+
+# isort: split
 from safetensors import SafetensorError
 
 from sft.merging import (
@@ -37,9 +41,10 @@ from sft.merging import (
     write_weights,
 )
 from sft.messages import OUTPUT_ROOT, Parser, Refused, choice, first_few, newest, read_json, run_script
-from sft.model.adapter_base import check_base
+from sft.model.adapter_base import check_base, use_code
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE
+from sft.model.generations import report_code
 from sft.model.weight_files import DTYPES, INDEX
 
 
@@ -52,8 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     output = find_output(args.output_path, adapter_path, base_path)
 
     # 2. The base: whole, and the one that the adapter was trained on.
-    base = open_base(base_path)
-    base.model_code = check_base(adapter_path, base, args.any_base)
+    base = open_base(base_path, adapter_path, args.trust_remote_code)
+    code = check_base(adapter_path, base, args.any_base)
+    if args.verify == "logits":  # merging runs no code
+        use_code(base, code)
+        report_code(base, tokenizer=False)
 
     # 3. What the adapter changes, and which files that makes.
     adapter = Adapter(adapter_path)
@@ -91,6 +99,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     parser.add_argument("--max_shard_size", type=byte_size, default="5GB", help="split larger files (default: 5GB)")
     parser.add_argument("--verify", choices=("keys", "logits"), help="check the result's tensors, or what it computes")
     parser.add_argument("--any_base", action="store_true", help="merge into another base than the adapter's own")
+    parser.add_trust()
     return parser.parse_args(argv)
 
 
@@ -140,9 +149,10 @@ def is_occupied(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
-def open_base(path: Path) -> ModelDirectory:
-    """The base; refuses one that is not whole."""
-    base = ModelDirectory(path)
+def open_base(path: Path, adapter: Path, trusted: bool) -> ModelDirectory:
+    """The base, with the adapter's tokenizer if it has one; refuses a base that is not whole."""
+    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+    base = ModelDirectory(path, adapter if has_tokenizer else None, trusted)
     base.check()
     index, tensors = base.headers
     unlisted = sorted(tensors.keys() - index["weight_map"].keys()) if index else []

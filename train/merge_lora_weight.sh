@@ -2,6 +2,7 @@
 # Merge a LoRA adapter into its base model: bash merge_lora_weight.sh [flags for merge_lora_weight.py ...]
 #
 # Export these or edit them here; a flag on the command line wins. Relative paths are relative to where you call it.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started as `sh merge_lora_weight.sh`
 BASE_MODEL_PATH=${BASE_MODEL_PATH:-}        # the base; unset: the one that the adapter's adapter_config.json names
 ADAPTER_MODEL_PATH=${ADAPTER_MODEL_PATH:-}  # the adapter; unset: the newest under train/output
 OUTPUT_PATH=${OUTPUT_PATH:-}                # where the merged model goes; unset: <adapter>-merged

@@ -2,23 +2,30 @@
 
     python show_rows.py --model DIR --file rows.jsonl            # lengths, and what share of the tokens is supervised
     python show_rows.py --model DIR --file rows.jsonl --row 12   # line 12 as it will be trained, token by token
+    python show_rows.py --model DIR --file rows.jsonl --warnings # every line that something is to be said of
 
-Runs the code that a tokenizer's directory brings with it. Refused (exit code 2): a directory without a tokenizer or a
-chat template, and the files and rows that train.py refuses.
+Runs the code that a tokenizer's directory brings with it, unless --trust_remote_code false is given. Refused (exit
+code 2): a directory without a tokenizer or a chat template, and the files and rows that train.py refuses.
 """
 
 import math
 import sys
 from pathlib import Path
 
+import sft  # noqa: F401  first: it says what is missing
+
+# isort: split
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from sft.data.chat_format import ChatFormat
 from sft.data.examples import Examples, Options, encode_rows, load_examples
-from sft.data.rows import data_files, read_lines
+from sft.data.lines import data_files, read_lines
+from sft.data.shapes import shape_in
 from sft.messages import Parser, Refused, run_script
+from sft.model.directory import ModelDirectory
+from sft.model.generations import report_code
 from sft.model.pretrained import load_tokenizer
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
@@ -29,22 +36,27 @@ def main(argv: list[str]) -> None:
     """Print what the arguments ask for. Raises Refused."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="directory of the model or tokenizer")
-    parser.add_argument("--file", required=True, nargs="+", help="jsonl files or globs, plain or .gz")
+    parser.add_argument("--file", required=True, nargs="+", help="files or globs, plain or gzip")
     parser.add_argument("--row", type=int, help="print this line (from 1) of the first file, token by token")
+    parser.add_argument("--warnings", action="store_true", help="print each line that is bad or warned of, and why")
     parser.add_argument("--max_seq_length", type=int, default=4096, help="tokens a sequence at most; default 4096")
     parser.add_argument("--train_on", choices=("all", "last"), default="all")
     parser.add_argument("--history", choices=("as_written", "answers"), default="as_written")
     parser.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate")
     parser.add_argument("--bad_rows", choices=("error", "skip"), default="error")
+    parser.add_trust()
     args = parser.parse_args(argv)
     if args.max_seq_length < 2:
         raise Refused(f"--max_seq_length {args.max_seq_length}: must be at least 2")
     logging.set_verbosity_error()
     if not Path(args.model).is_dir():
         raise Refused(f"--model {args.model}: no such directory")
-    tokenizer = load_tokenizer(Path(args.model))
+    report_code(ModelDirectory(None, args.model, tokenizer_trusted=args.trust_remote_code))
+    tokenizer = load_tokenizer(Path(args.model), args.trust_remote_code)
     options = Options(args.max_seq_length, args.train_on, args.overlong, args.history)
-    if args.row is None:
+    if args.warnings:
+        show_warnings(args.file, tokenizer, options)
+    elif args.row is None:
         show_file(load_examples(args.file, tokenizer, options, args.bad_rows, flag="--file"))
     else:
         show_row(args.file, args.row, tokenizer, options)
@@ -57,10 +69,9 @@ def show_row(patterns: list[str], number: int, tokenizer: PreTrainedTokenizerBas
     if line == b"":
         raise Refused(f"--row {number}: {file} has no row in that line")
     table, found = encode_rows([(number, line)], ChatFormat(tokenizer), options)
-    for kind, [(_, what)] in found.lines.items():
-        if kind == "bad":
-            raise Refused(f"{file}:{number}: {what}")
-        print(f"{file}:{number}: {kind}" + (f": {what}" if what else ""))
+    if found.counts["bad"]:
+        raise Refused(f"{file}:{number}: {found.lines['bad'][0][1]}")
+    print(*found.remarks(file), sep="\n", end="\n" if found.lines else "")
     colour = sys.stdout.isatty()
     sequences = zip(table["input_ids"].to_pylist(), table["spans"].to_pylist())
     for sequence, (ids, spans) in enumerate(sequences, 1):
@@ -71,6 +82,19 @@ def show_row(patterns: list[str], number: int, tokenizer: PreTrainedTokenizerBas
             if colour:
                 text = (GREEN if i in supervised else DIM) + text + PLAIN
             print(f"{i:>7} {token:>7} {'*' if i in supervised else ' '} {text}")
+
+
+def show_warnings(patterns: list[str], tokenizer: PreTrainedTokenizerBase, options: Options) -> None:
+    """Each row that is bad or warned of, with the reasons."""
+    chat, number = ChatFormat(tokenizer), 0
+    for file in data_files(patterns, "--file"):
+        shape = None
+        for at, line, _ in read_lines(file, []):
+            shape = shape or (shape_in(line) if line else None)
+            for remark in encode_rows([(at, line)], chat, options, shape)[1].remarks(file):
+                number += 1
+                print(remark)
+    print(f"{number} remarks")
 
 
 def show_file(examples: Examples) -> None:

@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
     # 1. Arguments. What can be refused is refused here and in 2, before a model is loaded.
     model_args, data_args, training_args = parse_arguments(argv)
     start = find_start(model_args, data_args, training_args)
-    earlier_run = check_output_dir(training_args, model_args.model_name_or_path, model_args.tokenizer_name_or_path)
+    model_path = model_args.adapter or model_args.model_name_or_path
+    earlier_run = check_output_dir(training_args, model_path, model_args.tokenizer_name_or_path)
 
     # 2. Data: rows → token sequences.
     data = load_data(data_args, start.tokenizer, training_args.seed)

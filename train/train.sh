@@ -5,6 +5,7 @@
 #   MODEL_PATH=/models/Hunyuan-7B-Instruct TRAIN_DATA_FILE=rows.jsonl bash train.sh --max_steps 200
 #
 # A flag wins over a variable and over the recipe below; `bash train.sh --help` lists them. The exit code is the training's.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started as `sh train.sh`
 set -euo pipefail
 
 # ------------------------------------------------------------------------------------------------- what to train
@@ -55,8 +56,6 @@ EXAMPLE_RECIPE=(  # a small MoE of the A13B architecture, from random weights
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PYTHON=$(command -v python3 || command -v python) || { echo "refused: no python3 on the PATH" >&2; exit 2; }
-"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in ("torch", "transformers", "peft")))' ||
-    { echo "refused: $PYTHON lacks packages: $PYTHON -m pip install -r $(dirname "$HERE")/requirements.txt" >&2; exit 2; }
 
 export MODEL_PATH TOKENIZER_PATH TRAIN_DATA_FILE OUTPUT_DIR DS_CONFIG HOST_GPU_NUM NODE_IP_LIST LOCAL_IP NODES NODE_NUM
 export SSH_PORT MASTER_PORT NET_IFNAME STALL_TIMEOUT MAX_RESTARTS FORWARD PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH}

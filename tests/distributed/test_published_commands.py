@@ -44,6 +44,9 @@ def test_starts_and_trains_as_it_stands(
     said = losses(tmp_path / "out")
     assert len(said) == 4 and all(0 < loss < 10 for loss in said)
     assert {p.name for p in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert (tmp_path / "out" / "checkpoint-4" / "latest").is_file(), (
+        "DeepSpeed was not switched off by what came before"
+    )
     weights = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
     assert (tmp_path / "out" / weights).is_file()
     results = json.loads((tmp_path / "out" / "train_results.json").read_text())

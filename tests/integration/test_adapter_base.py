@@ -1,17 +1,20 @@
 """An adapter knows its base: base.json is written wherever an adapter is saved, and merging, chat and resuming hold to
 it."""
 
+import hashlib
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from runs import as_saved
 from sft.model.adapter_base import check_base, fingerprint
 from sft.model.directory import ModelDirectory
+from tiny import fuse_experts
 
 CASES = [  # (kind of base, --model_code, code that is recorded, in every push)
     ("dense", "auto", "native", True),
@@ -40,7 +43,7 @@ def made(request, tmp_path_factory, example_tokenizer_dir, example_rows, make_mo
         out = folder / "out"
         run = run_train([*flags, *lora, "--max_steps", 2, "--model_name_or_path", base, "--output_dir", out])
         assert run.returncode == 0, run.stderr[-3000:]
-        MADE[case] = SimpleNamespace(base=base, other=other, out=out, flags=flags, code=code)
+        MADE[case] = SimpleNamespace(kind=kind, base=base, other=other, out=out, flags=flags, code=code)
     return MADE[case]
 
 
@@ -52,6 +55,10 @@ remote = pytest.mark.parametrize("made", ALL[1:2], indirect=True)
 
 def read(directory, name="base.json"):
     return json.loads((directory / name).read_text())
+
+
+def sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def listing(folder):
@@ -120,6 +127,65 @@ def test_resuming(made, run_here, run_train, losses, tmp_path):
         assert read(directory) == read(made.out) | {"path": str(moved)}
 
 
+BASES = {  # what is done with the base in a directory of its own: whether it stays the adapter's
+    "right": (lambda made, to, train: made.base, True),
+    "moved": (lambda made, to, train: shutil.copytree(made.base, to), True),
+    "bf16": (lambda made, to, train: rewritten(shutil.copytree(made.base, to)), True),
+    "fused": (lambda made, to, train: fused(shutil.copytree(made.base, to)), True),
+    "same shapes": (lambda made, to, train: made.other, False),
+    "trained": (lambda made, to, train: train(made, to), False),
+}
+QUICK = ("bf16", "same shapes")
+
+
+def rewritten(directory):
+    state = {name: tensor.bfloat16() for name, tensor in load_file(directory / "model.safetensors").items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def fused(directory):
+    fuse_experts(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("made", "names"),
+    [pytest.param(CASES[0], QUICK, id="dense-quick")]
+    + [pytest.param(case, tuple(BASES), marks=pytest.mark.campaign, id="-".join(case[:2])) for case in CASES],
+    indirect=["made"],
+)
+def test_table_of_adapters_and_bases(made, names, run_here, run_train, tmp_path):
+    """What merge, chat and resume do with an adapter on each base: it works, or it is refused for the base."""
+
+    def train(made, out):
+        args = [*made.flags, "--learning_rate", 1e-5, "--max_steps", 1, "--model_name_or_path", made.base]
+        assert run_train([*args, "--model_code", made.code, "--output_dir", out]).returncode == 0
+        return out
+
+    table = []
+    for name in names:
+        if name == "fused" and (made.kind in ("dense", "hy_v4") or made.code == "remote"):
+            continue  # there are no experts, they always are, or its code has them one by one
+        make, is_its_own = BASES[name]
+        base, to = make(made, tmp_path / f"base-{name}", train), tmp_path / name
+        goes_on = [*made.flags, "--max_steps", 2, "--resume_from_checkpoint", made.out / "checkpoint-1"]
+        goes_on += ["--model_name_or_path", base, "--output_dir", to / "out"]
+        run = run_train if is_its_own else lambda args: run_here("train.py", args)
+        merged = ["--base_model_path", base, "--adapter_model_path", made.out, "--output_path", to / "merged"]
+        done = {
+            "merge": run_here("merge_lora_weight.py", [*merged, "--verify", "keys"]),
+            "chat": run_here("chat.py", [base, "--adapter", made.out, "--prompt", "1", "--max_new_tokens", 2]),
+            "resume": run(goes_on),
+        }
+        refused = {"is not the base that it was trained on" in one.stderr for one in done.values()}
+        assert refused == {not is_its_own}, [one.stderr[-500:] for one in done.values()]
+        assert {one.returncode for one in done.values()} == {0 if is_its_own else 2}
+        said = [f"{script} {'works' if one.returncode == 0 else 'refused'}" for script, one in done.items()]
+        table.append(f"\n{made.kind:<8}{made.code:<8}{name:<13}{', '.join(said)}")
+    print(*table, sep="")
+
+
 @dense
 def test_resuming_on_any_base(made, run_train, tmp_path):
     """From then on the other base is the adapter's own."""
@@ -149,15 +215,39 @@ def test_resuming_with_other_code_is_refused(made, run_here, tmp_path):
     assert run.returncode == 2 and "Traceback" not in run.stderr and not (tmp_path / "out").exists(), run.stderr
 
 
+@remote
+@pytest.mark.parametrize("script", ["merge", "chat", "train", "rows"])
+def test_consent_to_code(script, made, run_here, tmp_path):
+    """M21: with `false` nothing of the directory runs, and what only its code computes is refused; else the files that
+    run are named, each once with its hash."""
+    command = {
+        "merge": ["merge_lora_weight.py", "--adapter_model_path", made.out, "--verify", "logits", "--output_path"],
+        "chat": ["chat.py", made.out, "--prompt", "1", "--max_new_tokens", 2],
+        "train": ["train.py", *made.flags, "--max_steps", 2, "--resume_from_checkpoint", made.out / "checkpoint-2"],
+        "rows": ["show_rows.py", "--model", made.base, "--file", made.flags[1]],
+    }[script]
+    command += {"merge": [tmp_path / "merged"], "train": ["--output_dir", tmp_path / "out"]}.get(script, [])
+    run = run_here(command[0], [*command[1:], "--trust_remote_code", "false"])
+    assert "code that runs" not in run.stdout + run.stderr and "Traceback" not in run.stderr
+    if script != "rows":  # the tokenizer brings none
+        assert run.returncode == 2 and "is computed by code that it brings: allow that (--trust" in run.stderr
+        assert not (tmp_path / "merged").exists() and not (tmp_path / "out").exists()
+    run = run_here(command[0], command[1:])
+    assert run.returncode == 0, run.stderr
+    said = re.findall(r"^code that runs = (\S+) \(sha256 (\w+);", run.stderr if script == "chat" else run.stdout, re.M)
+    names = ["configuration_hunyuan.py"] + ["modeling_hunyuan.py"] * (script != "rows")
+    assert sorted(said) == [(str(made.base / name), sha256(made.base / name)[:16]) for name in names]
+
+
 @dense
-def test_resuming_where_the_code_that_trained_may_not_run_is_refused(made, run_here, tmp_path):
-    """As with --trust_remote_code false; where the adapter's tensors would fit the other class."""
+def test_code_that_the_base_does_not_bring_is_refused(made, run_here, tmp_path):
+    """Where the adapter's tensors would fit the other class."""
     adapter = shutil.copytree(made.out / "checkpoint-1", tmp_path / "checkpoint-1")
     (adapter / "base.json").write_text(json.dumps(read(adapter) | {"code": "remote"}))
     as_saved(adapter)
     args = [*made.flags, "--max_steps", 2, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", adapter]
-    run = run_here("train.py", args)
-    assert run.returncode == 2 and "allow remote code, which trained the adapter" in run.stderr, run.stderr
+    for run in (run_here("train.py", args), run_here("chat.py", [adapter, "--prompt", "1"])):
+        assert run.returncode == 2 and "brings no code that computes it" in run.stderr, run.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -97,9 +97,20 @@ def test_another_directorys_tokenizer_wins_and_each_directory_is_named(
     other = shutil.copytree(example_tokenizer_dir, tmp_path / "tokenizer")
     (other / "tokenizer_config.json").write_text('{"other": 1}')
     (other / "notes.txt").write_text("x")
+    (other / "generation_config.json").write_text("the tokenizer's model's")
+    (other / "chat_template.jinja").unlink()  # the base's would win over one in tokenizer_config.json
+    (base / "tokenization.py").touch()
+    (base / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization.T", null]}}')
     files = ModelDirectory(base, other).contents
-    assert files["tokenizer_config.json"] == b'{"other": 1}' and "notes.txt" not in files
-    assert set(COPIED + CODE + TOKENIZER) == set(files)
+    assert files["tokenizer_config.json"] == b'{"other": 1}' and files["generation_config.json"] == b"{}"
+    assert set(files) == {
+        "LICENSE",
+        "Notice.txt",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        *CODE,
+    }
 
 
 def test_code_is_followed_and_what_is_missing_is_no_error(tmp_path, capsys):

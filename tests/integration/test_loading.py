@@ -1,12 +1,16 @@
 """Weights that are not whole are refused with their names, experts included: nothing is trained from random values."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from conftest import make_model_dir
+from sft.model import load
 
 EXPERT, NORM = "model.layers.1.mlp.experts.2.down_proj.weight", "model.layers.1.input_layernorm.weight"
 EXTRA = "model.layers.7.mlp.up_proj.weight"
@@ -78,4 +82,52 @@ def test_a_hub_id_is_its_directory(make_model_dir, example_tokenizer_dir, exampl
     run = run_train([*lora, "--resume_from_checkpoint", tmp_path / "lora" / "checkpoint-1"])
     assert run.returncode == 0 and "going on from" in run.stdout, run.stderr[-3000:]
     run = run_train([*args, "--max_steps", 1, "--model_name_or_path", "someone/else"])
-    assert run.returncode == 2 and "--model_name_or_path someone/else: no such directory" in run.stderr
+    assert run.returncode == 2 and "--model_name_or_path someone/else: no such directory (looked in " in run.stderr
+    assert all(word in run.stderr for word in ("https://huggingface.co", "HF_ENDPOINT", "modelscope download --model"))
+    assert "its base" not in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "there", "fetched"),
+    [
+        ("model", {"model-1.safetensors", "pytorch_model.bin"}, {"model-1.safetensors"}),
+        ("model", {"pytorch_model-1.bin", "flax.msgpack"}, {"pytorch_model-1.bin"}),
+        ("tokenizer", {"model.safetensors", "pytorch_model.bin"}, set()),
+    ],
+)
+def test_only_what_is_needed_is_fetched(flag, there, fetched, tmp_path, monkeypatch):
+    """M16: of a hub id's files, as huggingface_hub chooses by patterns."""
+    needed = {"config.json", "tokenizer.json", "hy.tiktoken", "chat_template.jinja", "modeling_hy.py", "LICENSE.txt"}
+    needed |= {"additional_chat_templates/rag.jinja", "model.safetensors.index.json", "License"}
+    others = {"README.md", "a.gguf", "assets/x.json", "original/params.json", "original/model.safetensors", "x.png"}
+    got = set()
+
+    def snapshot_download(path, cache_dir, allow_patterns, ignore_patterns):
+        files = [*needed, *others, *there]
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            got.add(name)
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(load, "snapshot_download", snapshot_download)
+    args = SimpleNamespace(model_name_or_path=None, tokenizer_name_or_path=None, cache_dir=None, hub_ids={})
+    setattr(args, f"{flag}_name_or_path", "someone/hunyuan")
+    load.fetch(args)
+    assert got == needed | fetched and args.hub_ids == {str(tmp_path): "someone/hunyuan"}
+
+
+def test_a_model_without_a_tokenizer(model_dir, example_tokenizer_dir, example_rows, run_here, tmp_path):
+    """M20: in training, chat and show_rows; and a message of a library is not cut at its first line."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(model_dir("dense", example_tokenizer_dir) / name, tmp_path / name)
+    train = ["--model_name_or_path", tmp_path, "--output_dir", tmp_path / "out", "--train_data_file", example_rows]
+    commands = (("train.py", train), ("chat.py", [tmp_path, "--prompt", "1"]))
+    for script, args in (*commands, ("show_rows.py", ["--model", tmp_path, "--file", example_rows])):
+        run = run_here(script, args)
+        assert (
+            run.returncode == 2 and f"{tmp_path}: holds no tokenizer" in run.stderr and "TOKENIZER_PATH" in run.stderr
+        )
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    run = run_here("train.py", train)
+    assert run.returncode == 2 and "does not load" in run.stderr and "(1) a `tokenizers` library" in run.stderr

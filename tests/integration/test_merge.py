@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adapters import ATTENTION, BOTH, SHARED, logits, make_adapter, make_base, tensors
+from conftest import run_command
 from sft import messages
+from sft.messages import Refused
+from sft.model import to_safetensors
 from tiny import fuse_experts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,6 +101,46 @@ def test_what_the_base_keeps_in_fp32_stays_so(pair, merge, tmp_path):
     assert "verify keys = " in out
     for name, tensor in tensors(tmp_path / "out").items():
         assert tensor.dtype == (torch.float32 if "gate.wg" in name else torch.float16), name
+
+
+def test_the_adapters_tokenizer_wins(pair, merge, tmp_path):
+    """M3: of an adapter that was trained with another one. Nothing of the base's is left beside it."""
+    adapter = shutil.copytree(pair[1], tmp_path / "adapter")
+    own = {"tokenizer_config.json": "{}", "vocab.json": "the adapter's", "generation_config.json": "the adapter's"}
+    for name, text in own.items():
+        (adapter / name).write_text(text)
+    assert merge("--adapter_model_path", adapter)[0] == 0
+    merged = {path.name: path.read_text() for path in (tmp_path / "adapter-merged").glob("*[!s]") if path.is_file()}
+    assert merged["vocab.json"] == "the adapter's" and merged["generation_config.json"] != "the adapter's"
+    assert not {"tokenizer.json", "chat_template.jinja"} & merged.keys() and merged["LICENSE"] == "the base's LICENSE"
+
+
+@pytest.mark.parametrize("kind", [pytest.param("whole", marks=pytest.mark.campaign), "in two files"])
+def test_a_base_in_bin_files(kind, merge, tmp_path):
+    """M8: what merge advises is a command that works, and then it merges."""
+    base = make_base(tmp_path / "a base", tied=True)
+    adapter, state = make_adapter(tmp_path / "adapter", base), load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]  # as such files have it, one memory
+    parts = [sorted(state)] if kind == "whole" else [sorted(state)[:5], sorted(state)[5:]]
+    names = ["pytorch_model.bin"] if kind == "whole" else [f"pytorch_model-{i}-of-2.bin" for i in (1, 2)]
+    for name, part in zip(names, parts):
+        torch.save({key: state[key] for key in part}, base / name)
+    places = {key: name for name, part in zip(names, parts) for key in part}
+    if kind != "whole":
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    code, _, err = merge("--adapter_model_path", adapter, "--output_path", tmp_path / "out")
+    assert code == 2 and "Convert its pytorch_model*.bin: " in err
+    command = (
+        err.split(": ")[-1].strip().replace("python", sys.executable, 1).replace("NEW_DIR", str(tmp_path / "new"))
+    )
+    assert run_command(["bash", "-c", command]).returncode == 0
+    for wrong in ([], [base, tmp_path / "new"], [tmp_path / "new", tmp_path / "newer"]):
+        with pytest.raises(Refused):
+            to_safetensors.main([str(path) for path in wrong])
+    assert merge("--adapter_model_path", adapter, "--base_model_path", tmp_path / "new")[0] == 0
+    assert (logits(tmp_path / "new", adapter) - logits(tmp_path / "adapter-merged")).abs().max() < 1e-5
+    assert tensors(tmp_path / "new")["model.norm.weight"].equal(state["model.norm.weight"])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

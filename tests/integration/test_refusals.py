@@ -19,6 +19,8 @@ from runs import free_port
 from sft.messages import Refused
 from sft.training import output_dir
 
+PATH = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
 
 def good(model, rows, out):
     return ["--model_name_or_path", model, "--train_data_file", rows, "--output_dir", out]
@@ -97,6 +99,13 @@ def test_train_sh_refuses_before_it_starts_anything(env, flags, says, tmp_path):
     run = run_command(["bash", str(script), *flags], env=env | {"PYTHONDONTWRITEBYTECODE": "1"}, cwd=tmp_path)
     assert run.returncode == 2 and says in run.stderr, run.stderr
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.parametrize("script", ["train.sh", "merge_lora_weight.sh"])
+def test_sh_in_place_of_bash(script):
+    """T14."""
+    run = run_command(["sh", str(TRAIN / script), "--help"], env=PATH)
+    assert run.returncode == 0 and "usage" in run.stdout, run.stderr
 
 
 def test_an_unknown_number_of_gpus_is_not_0(tmp_path):
@@ -184,8 +193,7 @@ def test_a_refusal_leaves_nothing_behind(flags, code, example_rows, tmp_path):
     """U3, through train.sh: no directory, no log."""
     (tmp_path / "bad").write_text("{secret\n")
     args = ["--train_data_file", str(example_rows), "--output_dir", str(tmp_path / "new" / "out"), *flags]
-    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    run = run_command(["bash", str(TRAIN / "train.sh"), *args], env=path, cwd=tmp_path)
+    run = run_command(["bash", str(TRAIN / "train.sh"), *args], env=PATH, cwd=tmp_path)
     assert run.returncode == code and "secret" not in run.stdout, run.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
 

@@ -35,6 +35,16 @@ def test_every_buffer_is_what_the_class_computes(kind, dtype, model_dir, example
         assert buffer.dtype == (torch.float32 if name.endswith("inv_freq") else dtype)
 
 
+def test_no_rotary_scaling_at_all(make_model_dir, example_tokenizer_dir, tmp_path):
+    """M7: transformers 5 makes a dict of null, in which 4.41's code looks for a type."""
+    directory = make_model_dir("remote_cla", example_tokenizer_dir, tmp_path / "model", rope_scaling=None)
+    model = load(directory)
+    expected = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
+    for layer in model.model.layers:
+        assert torch.allclose(layer.self_attn.rotary_emb.inv_freq, expected)
+    assert model(input_ids=torch.arange(9)[None]).logits.isfinite().all()
+
+
 def test_transformers_class_computes_the_same_where_nothing_is_dropped(model_dir, example_tokenizer_dir):
     """Two tokens: no expert is over its capacity. With more, the old router drops some and the logits differ."""
     directory = model_dir("remote", example_tokenizer_dir, initializer_range=0.2)
@@ -152,10 +162,11 @@ def test_transformers_own_type_with_code_beside_it(
 
 
 def test_an_adapter_on_a_directorys_own_code(model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path):
-    directory = model_dir("remote_cla", example_tokenizer_dir)
+    directory, probe = model_dir("remote_cla", example_tokenizer_dir), tmp_path / "probe.jsonl"
+    probe.write_text(example_rows.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
     args = ["--model_name_or_path", directory, "--train_data_file", example_rows, "--output_dir", tmp_path / "out"]
-    run = run_train([*args, "--max_steps", 2, "--use_lora", "--gradient_checkpointing"])
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = run_train([*args, "--max_steps", 2, "--use_lora", "--gradient_checkpointing", "--probe_file", probe])
+    assert run.returncode == 0 and "answered exactly: " in run.stdout, run.stderr[-3000:]  # M10: without a cache
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
     # two projections of the layer that shares keys and values, four of the other
     assert len(adapter) == 12 and any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)

@@ -81,6 +81,7 @@ def test_the_losses_are_those_of_a_plain_loop(
     difference = max(abs(a - b) for a, b in zip(losses(tmp_path), expected, strict=True))
     print(f"{kind} {way}: largest difference {difference:.1e}")
     assert difference <= 2e-6
+    assert ("warning: --router_aux_loss_coef: Tencent trains Hy3" in run.stdout) == (kind in ("hy_v3", "hy_v4"))
     found = scalars(tmp_path)["train/router_aux_loss"]
     assert found[0] * COEFFICIENT == pytest.approx(expected[0] - without[0], abs=2e-6) and len(found) == STEPS
 

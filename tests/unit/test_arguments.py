@@ -40,9 +40,10 @@ def test_min_lr_reaches_the_cosine_schedule():
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
 def test_min_lr_reaches_the_schedules_that_follow_the_loss(schedule):
     flags = ["--lr_scheduler_type", schedule, "--eval_split", "0.1", "--min_lr", "1e-6"]
-    assert parse_arguments([*BASE, *flags])[2].lr_scheduler_kwargs == {"min_lr": 1e-6}
+    highest = {"max_lr": 5e-5} if schedule == "greedy" else {}
+    assert parse_arguments([*BASE, *flags])[2].lr_scheduler_kwargs == {"min_lr": 1e-6} | highest
     own = parse_arguments([*BASE, *flags, "--lr_scheduler_kwargs", '{"min_lr": 1e-7}'])[2]
-    assert own.lr_scheduler_kwargs == {"min_lr": 1e-7}
+    assert own.lr_scheduler_kwargs == {"min_lr": 1e-7} | highest
 
 
 def test_optional_switches_need_no_value():
@@ -58,6 +59,28 @@ def test_a_config_file_reads_like_flags(tmp_path):
     assert (args.learning_rate, model.use_lora, model.lora_rank) == (1e-5, True, 4)
     (tmp_path / "run.json").write_text(json.dumps({"output_dir": "out", "use_cpu": True, "max_steps": 3}))
     assert parse_arguments([str(tmp_path / "run.json")])[2].max_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("save_strategy: no", "no"),
+        ("report_to: [tensorboard, tensorboard]", ["tensorboard", "tensorboard"]),
+        ("report_to: none", []),
+        ("include_num_input_tokens_seen: all", "all"),
+        ("include_num_input_tokens_seen: true", "all"),
+        ("liger_kernel_config: {rope: true}", {"rope": True}),
+        ("lr_scheduler_kwargs: {power: 1e-1}", {"power": 0.1}),
+        ("run_name: 007", "007"),
+        ("ddp_timeout: 1_000", 1000),
+        ("disable_tqdm: on", True),
+        ("learning_rate: [1e-4]", 1e-4),
+    ],
+)
+def test_values_of_a_yaml_file(line, value, tmp_path):
+    """T7: as Hugging Face documents them."""
+    (tmp_path / "run.yaml").write_text(f"output_dir: out\nuse_cpu: true\nlr_scheduler_type: polynomial\n{line}\n")
+    assert getattr(parse_arguments([str(tmp_path / "run.yaml")])[2], line.split(":")[0]) == value
 
 
 def test_bf16_needs_no_use_cpu_on_a_cpu():
@@ -85,6 +108,17 @@ def test_bf16_needs_no_use_cpu_on_a_cpu():
         (
             [*BASE, "--early_stopping_patience", "2", "--eval_split", "0.1", "--eval_strategy", "no"],
             "--early_stopping_patience: nothing is evaluated with --eval_strategy no",
+        ),
+        ([*BASE, "--max_steps", "0"], "--max_steps 0: must be at least 1, or -1"),
+        ([*BASE, "--num_train_epochs", "0"], "--num_train_epochs 0.0: must be above 0"),
+        ([*BASE, "--save_steps", "-5"], "--save_steps -5.0: must be above 0"),
+        ([*BASE, "--learning_rate", "inf"], "--learning_rate inf: must be at least 0"),
+        ([*BASE, "--seed", "4294967296"], "--seed 4294967296: must be below 2^32"),
+        ([*BASE, "--do_eval"], "--do_eval: there are no rows to evaluate on"),
+        ([*BASE, "--eval_on_start"], "--eval_on_start: there are no rows to evaluate on"),
+        (
+            [*BASE, "--packing", "bin", "--train_sampling_strategy", "group_by_length"],
+            "--train_sampling_strategy with --packing bin",
         ),
         (["--use_cpu"], "--output_dir is not given"),
         (["nowhere.yaml"], "nowhere.yaml: cannot be read"),

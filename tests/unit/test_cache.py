@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from conftest import EXAMPLE_TOKENIZER
 from conversations import write_rows
-from sft.data import examples, rows, tokenized
+from sft.data import examples, lines, tokenized
 from sft.data.examples import Options, load_examples
 from sft.messages import Refused
 
@@ -98,7 +98,7 @@ def test_a_file_cut_off_is_refused_and_the_refusal_kept(tokenizer, rows_cache, t
 def test_what_could_not_be_read_now_is_read_another_time(tokenizer, rows_cache, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "rows.jsonl")
     with monkeypatch.context() as patch, pytest.raises(Refused, match="rows.jsonl:1: cannot be read"):
-        patch.setattr(rows, "is_array", Mock(side_effect=OSError(5, "Input/output error")))
+        patch.setattr(lines, "layout_of", Mock(side_effect=OSError(5, "Input/output error")))
         load_examples([str(file)], tokenizer, Options())
     with monkeypatch.context() as patch, pytest.raises(Refused, match="Permission denied"):
         patch.setattr(

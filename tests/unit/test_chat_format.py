@@ -29,7 +29,7 @@ from conversations import (
 from oracles import expected
 from sft.data.chat_format import ChatFormat
 from sft.data.examples import IGNORE_INDEX, Options, encode_rows
-from sft.data.rows import BadRow
+from sft.data.lines import BadRow
 from sft.data.tokens import TextEncoder
 from tiny import FORMATS, chat_template
 

@@ -9,7 +9,6 @@ from transformers import AutoTokenizer
 
 from sft.data.batches import Bins, Collator, Filled, GroupedByLength, plan_bins
 from sft.data.examples import IGNORE_INDEX, Options, load_examples
-from sft.data.rows import ALPACA, NEEDED, SHAREGPT
 from sft.data.tokens import TextEncoder
 from sft.messages import Refused
 
@@ -79,16 +78,33 @@ def test_a_row_at_which_the_tokenizer_raises_is_bad(tokenizer, rows_file, monkey
     assert "secret" not in str(bad.value)
 
 
-def test_what_another_shape_needs_is_said_once(tokenizer, rows_file):
-    file = rows_file([{"instruction": "secret", "output": "o"}, {"conversations": [{"from": "human"}]}, {}])
+def test_a_file_has_one_shape_and_says_which(tokenizer, rows_file, capsys):
+    alpaca = [{"instruction": "q", "output": "a", "id": i} for i in range(3)]
+    file = rows_file([json.dumps(alpaca, indent=1).encode()])
+    examples = load_examples([file], tokenizer, Options())
+    direct = load_examples([rows_file([conversation("q", "a")] * 3, "direct.jsonl")], tokenizer, Options())
+    assert [e["input_ids"].tolist() for e in examples] == [e["input_ids"].tolist() for e in direct]
+    out = capsys.readouterr().out
+    assert f"{file}: accepted: JSON array, no newline" not in out and f"{file}: accepted: JSON array, Alpaca\n" in out
+    assert 'keys that are not used: "id" (3 rows)\n' in out
+    file = rows_file([conversation("secret", "a"), alpaca[0], {"text": "secret"}])
     with pytest.raises(Refused) as refusal:
         load_examples([file], tokenizer, Options())
     message = str(refusal.value)
-    assert message.count(NEEDED) == 1 and f"{file}:1: {ALPACA}\n{file}:2: {SHAREGPT}\n" in message
-    assert "secret" not in message and "python -c" not in message
-    with pytest.raises(Refused) as refusal:  # nothing of the kind: nothing of the remedy
-        load_examples([rows_file([{}])], tokenizer, Options())
-    assert NEEDED not in str(refusal.value)
+    assert (
+        f"2 of 3 rows are bad:\n{file}:2: in the shape Alpaca, and the file's first row in the shape messages"
+        in message
+    )
+    assert "secret" not in message
+
+
+def test_warnings_name_the_first_lines(tokenizer, rows_file, capsys):
+    rows = [conversation("q", "a" * (30 if i % 2 else 1)) for i in range(14)]
+    file = rows_file(rows)
+    load_examples([file], tokenizer, Options(20))
+    places = ", ".join(f"{file}:{line}" for line in (2, 4, 6, 8, 10))
+    expected = "warning: 7 rows lose an answer, or its end, at --max_seq_length 20; the longest row has 34 tokens. "
+    assert f"{expected}The first: {places}\n" in capsys.readouterr().out
 
 
 def test_long_rows_are_cut_dropped_or_refused(tokenizer, rows_file, capsys):

@@ -15,7 +15,7 @@ ROOMS = (
     ("sft.start",),
     ("sft.merging", "sft.training", "sft.nodes"),
     ("sft.model",),
-    ("sft.parser", "sft.arguments"),
+    ("sft.parser", "sft.checks", "sft.arguments"),
     ("sft.data",),
     ("sft.messages", "sft.processes", "sft.stopping"),
 )

@@ -1,6 +1,5 @@
-"""Lines to rows: what is accepted, what is said of what is not, and that nothing else happens."""
+"""Texts to rows: what is no JSON is said; mutated rows are trained as written or reported, nothing else happens."""
 
-import gzip
 import json
 import random
 from collections import Counter
@@ -8,12 +7,12 @@ from collections import Counter
 import pytest
 
 from mutations import mutated
-from sft.data import rows
 from sft.data.chat_format import ChatFormat
 from sft.data.examples import Options, encode_rows
+from sft.data.lines import BadRow
 from sft.data.report import Report
-from sft.data.rows import ALPACA, ARRAY, NEEDED, SHAREGPT, BadRow, data_files, parse_row, read_lines
-from sft.messages import Refused
+from sft.data.rows import read_row
+from sft.data.shapes import parse_row
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
@@ -27,46 +26,13 @@ def messages(*pairs, **more):
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ([], "a JSON object is expected, not list"),
-        ([{"role": "user", "content": "q"}], "a bare list of messages"),
-        (3, "a JSON object is expected, not int"),
-        ({}, 'no "messages"'),
-        ({"messages": {}}, '"messages" is not a list'),
-        ({"messages": []}, '"messages" is empty'),
-        ({"messages": ["x"]}, "messages[0] is not an object"),
-        (messages(("robot", "x")), "messages[0] has no role"),
-        (messages((["user"], "x")), "messages[0] has no role"),
-        (messages(("user", 3)), 'messages[0] has no "content"'),
-        (messages(("user", None)), 'messages[0] has no "content"'),
-        (messages(("user", [{"type": "text", "text": "x"}])), 'messages[0] has no "content"'),
-        (messages(("user", "q"), ("assistant", None)), 'messages[1] has no "content"'),
-        (messages(("user", "x")), "no message of the assistant"),
-        (messages(("assistant", "x")), "begins with the assistant"),
-        (messages(("system", "s"), ("assistant", "x")), "begins with the assistant"),
-        (messages(("user", "q"), ("assistant", "a"), weight=0.5), 'a "weight" that is neither 0 nor 1'),
-        (messages(("user", "q"), ("assistant", "a"), thinking=["t"]), '"thinking" that is not a text'),
-        (messages(("user", "q"), ("assistant", "a"), tool_calls="f()"), '"tool_calls" that are not a list'),
-        (with_(tools="f"), '"tools" is not a list of objects'),
-        (with_(enable_thinking="yes"), '"enable_thinking" is neither true nor false'),
-        (with_(reasoning_effort=1), '"reasoning_effort" is not a text'),
-        ({"instruction": "i", "output": "o"}, ALPACA),
-        ({"conversations": [{"from": "human", "value": "q"}]}, SHAREGPT),
-        ({"messages": [{"from": "human", "value": "q"}]}, "from and value, as ShareGPT"),
-    ],
-)
-def test_what_is_not_a_conversation(row, says):
-    with pytest.raises(BadRow) as bad:
-        parse_row(json.dumps(row).encode())
-    assert says in str(bad.value)
-
-
-@pytest.mark.parametrize(
     ("line", "says"),
     [
         (b'{"messages": [', "not JSON: Expecting value at column 15"),
-        (b"{", "not JSON in one line"),
+        (b"{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+        (b"{'messages': [{'role': 'user'}]}", "not JSON: written as Python prints it; json.dumps"),
+        (b"question,answer", "not JSON: a line of a csv table"),
+        ('{"a": "\u4f60\u597d"}'.encode("gbk"), "not UTF-8; it is GBK: iconv -f GB18030 -t UTF-8"),
         (b"\xff{}", "not UTF-8"),
         ('{"messages": []}'.encode("utf-16"), "not UTF-8"),
         (b'{"a": 1, "a": 2}', "the same key twice"),
@@ -83,76 +49,15 @@ def test_what_is_not_a_conversation(row, says):
 )
 def test_what_is_not_a_row(line, says):
     with pytest.raises(BadRow) as bad:
-        parse_row(line)
+        read_row(line)
     assert says in str(bad.value)
 
 
 @pytest.mark.parametrize(
-    "row",
-    [
-        messages(("user", "\\u0000 and 🙂"), ("assistant", "\\ud83d")),
-        with_(note=[[[]]] * 200),
-        with_(tools=None, enable_thinking=None, reasoning_effort=None),
-        messages(("system", ""), ("user", ""), ("assistant", "")),
-        messages(("user", "q"), ("assistant", None), tool_calls=[{"function": {}}]),
-        messages(("user", "q"), ("assistant", "a"), weight=None),
-    ],
+    "row", [messages(("user", "\\u0000 and 🙂"), ("assistant", "\\ud83d")), with_(note=[[[]]] * 200)]
 )
 def test_unusual_but_good(row):
-    assert parse_row(json.dumps(row).encode()) == row
-
-
-def test_what_is_accepted_is_noted_once(tmp_path):
-    line = json.dumps(GOOD).encode()
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n  \r\n" + line)
-    notes = []
-    read = [(n, parse_row(text)) for n, text, _ in read_lines(tmp_path / "a.jsonl", notes)]
-    assert read == [(1, GOOD), (4, GOOD)]
-    expected = ["a byte order mark at the start", "lines that end in CRLF", "blank lines", "no newline at the end"]
-    assert notes == expected
-    (tmp_path / "b.jsonl").write_bytes(line + b"\n")
-    assert list(read_lines(tmp_path / "b.jsonl", notes := [])) and notes == []
-
-
-def test_a_line_over_the_limit_is_passed_over_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_LINE", 100)
-    (tmp_path / "a.jsonl").write_bytes(
-        b"x" * 100 + b"\n" + b"y" * 101 + b"\n" + b"z" * 3_000_000 + b"\n1\n" + b"w" * 500
-    )
-    assert [(n, line and line[:1]) for n, line, _ in read_lines(tmp_path / "a.jsonl", [])] == [
-        (1, b"x"), (2, None), (3, None), (4, b"1"), (5, None),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("text", "is_array"),
-    [
-        ("[\n {},\n {}\n]\n", True), ("[{}, {}]", True), ("[{},\n{}]", True), ("\n[\n]", True), ("[{\n", True),
-        ("[" + " " * 2000 + "{}]", True), ("[1]\n{}\n", False), ('[{"messages": 1}\n{}\n', False), ("{}\n", False),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_one_json_array(text, is_array, suffix, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_LINE", 1000)
-    file = tmp_path / f"rows.json{suffix}"
-    with gzip.open(file, "wt") if suffix else open(file, "w") as out:
-        out.write(text)
-    if is_array:
-        with pytest.raises(Refused) as refusal:
-            list(read_lines(file, []))
-        assert str(refusal.value) == f"{file}: is {ARRAY}. {NEEDED}"
-    else:
-        assert len(list(read_lines(file, []))) == len([line for line in text.splitlines() if line.strip()])
-
-
-def test_files_are_found_or_named(tmp_path):
-    for name in ("b.jsonl", "a.jsonl.gz"):
-        (tmp_path / name).write_text("x")
-    assert [f.name for f in data_files([str(tmp_path / "*")])] == ["a.jsonl.gz", "b.jsonl"]
-    (tmp_path / "empty.jsonl").touch()
-    for name, says in (("none.jsonl", "no such file"), ("empty.jsonl", "is empty"), (".", "is a directory")):
-        with pytest.raises(Refused, match=f"--eval_data_file .*{says}"):
-            data_files([str(tmp_path / name)], "--eval_data_file")
+    assert read_row(json.dumps(row).encode()) == row
 
 
 def test_reports_add_up_and_keep_the_first_lines():
@@ -181,7 +86,7 @@ def test_mutated_rows_are_trained_as_written_or_reported(number, name, format_to
         assert outcome == "trained" or report.lines[outcome][0][0] == i
         seen[outcome] += 1
         if outcome == "trained":
-            row = json.loads(line)
+            row = parse_row(line)
             given = [m for m in row["messages"] if m != {"role": "system", "content": ""}]
             given = chat.prepare({"messages": given}, Counter()).messages
             ids = tokenizer.apply_chat_template(

@@ -2,13 +2,18 @@
 
 import os
 import re
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import TRAIN
 from sft import parser, start
 from sft.messages import Refused
+from sft.nodes import preflight
+from sft.nodes.ssh import Node
 
 EXAMPLE = [
     "--num_layers",
@@ -169,6 +174,10 @@ def test_a_configuration_file_in_front(started, tmp_path):
         (["--use_loar"], {}, "did you mean --use_lora?"),
         ([], {"HOST_GPU_NUM": 3, "gpus": 2}, "HOST_GPU_NUM=3: only 2 GPUs are visible"),
         ([], {"HOST_GPU_NUM": "a[$(x)]"}, "HOST_GPU_NUM=a[$(x)]: must be a number from 1"),
+        ([], {"HOST_GPU_NUM": "８"}, "HOST_GPU_NUM=８: has full-width characters; write 8"),
+        (["--lr", 1], {}, "unknown argument --lr: did you mean --learning_rate?"),
+        (["--batch_size", 1], {}, "unknown argument --batch_size: did you mean --per_device_train_batch_size?"),
+        (["--learning_rate", 1, 2], {}, "2: belongs to no flag: the flag before it takes fewer values"),
         ([], {"STALL_TIMEOUT": "0"}, "STALL_TIMEOUT=0: must be a number from 1"),
         ([], {"MODEL_PATH": "m"}, "TRAIN_DATA_FILE is not set: the rows to train m on"),
     ],
@@ -176,6 +185,61 @@ def test_a_configuration_file_in_front(started, tmp_path):
 def test_refused_before_anything_is_started(flags, variables, says, started):
     with pytest.raises(Refused, match=re.escape(says)):
         started(*flags, **variables)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("10.0.0.2：8", "'10.0.0.2：8': has full-width characters; write 10.0.0.2:8"),
+        ("10.0.0.2:8，10.0.0.3:8", "write 10.0.0.2:8,10.0.0.3:8"),
+        ("${ip1}:8", "a variable in it was not replaced; write its value"),
+        ("10.0.0.2:8:8", "each entry is host:slots, e.g. 10.0.0.2:8"),
+    ],
+)
+def test_an_entry_that_looks_odd(entry, says):
+    """T13."""
+    with pytest.raises(Refused, match=re.escape(says)):
+        preflight.read_nodes({"NODE_IP_LIST": f"10.0.0.1:8,{entry}"})
+
+
+def test_an_ssh_port_where_nothing_listens(monkeypatch):
+    monkeypatch.setenv("SSH_PORT", "36000")
+    node = Node("10.0.0.2", 8, process=SimpleNamespace(poll=lambda: 255, wait=lambda timeout: 255))
+    monkeypatch.setattr(node, "last_words", lambda: "ssh: connect to host 10.0.0.2 port 36000: Connection refused")
+    says = "port 36000: Connection refused; is sshd there on port 36000? SSH_PORT sets another; try: ssh -p 36000"
+    assert says in preflight.why_no_answer(node)
+
+
+def test_a_home_directory_is_expanded_wherever_it_comes_from(started, monkeypatch):
+    """T11: a shell leaves it as it is in a variable and after `--flag=`."""
+    monkeypatch.setenv("HOME", "/h")
+    values, _, _ = started("--output_dir=~/out", MODEL_PATH="~/m", TRAIN_DATA_FILE="~/r")
+    assert values["model_name_or_path"] == "/h/m" and values["output_dir"] == "/h/out"
+    assert values["train_data_file"] == ["/h/r"]
+
+
+def test_an_old_python_and_missing_packages(monkeypatch, capsys):
+    """T14: said before anything is imported."""
+    code = str(TRAIN / "sft" / "__init__.py")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("importlib.util.find_spec", lambda name: None if name in ("peft", "torch") else 1)
+        runpy.run_path(code)
+    assert end.value.code == 2
+    assert f"lacks peft torch: {sys.executable} -m pip install -r " in capsys.readouterr().err
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "version_info", (3, 9, 18))
+        runpy.run_path(code)
+    assert end.value.code == 2 and "is Python 3.9, and 3.11 or newer is needed" in capsys.readouterr().err
+
+
+def test_an_adapter_as_the_model_gets_the_recipe_of_adapters(started, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).touch()
+    values, _, _ = started(MODEL_PATH=tmp_path, TRAIN_DATA_FILE="rows.jsonl")
+    assert (values["learning_rate"], values["min_lr"]) == (1e-4, 1e-5) and "use_lora" not in values
+    assert values["output_dir"].endswith(f"output/{tmp_path.name}-lora")
+    (tmp_path / "model.safetensors").touch()  # a merge beside its adapter
+    assert started(MODEL_PATH=tmp_path, TRAIN_DATA_FILE="rows.jsonl")[0]["learning_rate"] == 1e-5
 
 
 def test_help_has_a_line_for_each_flag():

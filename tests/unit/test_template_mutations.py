@@ -8,7 +8,8 @@ import pytest
 from conversations import CONVERSATIONS
 from oracles import expected
 from sft.data.chat_format import ChatFormat
-from sft.data.rows import BadRow
+from sft.data.lines import BadRow
+from sft.data.shapes import to_conversation
 from tiny import chat_template
 
 SMALL = {
@@ -92,7 +93,7 @@ def first_disagreement(format_tokenizer):
         chat = ChatFormat(tokenizer)
         for conversation, (messages, more) in CONVERSATIONS.items():
             row = {"messages": messages, **more}
-            if trained(chat, row) != expected(name, row):
+            if trained(chat, to_conversation(row, None, Counter())) != expected(name, row):
                 return conversation
         return None
 

@@ -1,10 +1,16 @@
-"""What is ours in the Trainer: the lowest learning rate, an evaluation's mean, the order of the rows, the loss."""
+"""What is ours in the Trainer: the lowest learning rate, an evaluation's mean, the order of the rows, the loss; and
+what each flag of Hugging Face's does in it."""
+
+import pkgutil
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import reference
+from sft import parser
 from sft.data.batches import Collator, GroupedByLength
 from sft.data.examples import Options, load_examples
 from sft.model.directory import ModelDirectory
@@ -100,3 +106,144 @@ def test_mean_loss_is_over_the_step_or_the_batch():
     outputs = type("Outputs", (), {"logits": logits})
     assert mean_loss(outputs, labels).item() == pytest.approx(each.sum().item() / 5)
     assert mean_loss(outputs, labels, 20).item() == pytest.approx(each.sum().item() / 20)
+
+
+# ------------------------------------------------------------------------------------- each flag, by what shows it
+
+
+def logged(trainer, key="loss"):
+    """The steps whose log has a key."""
+    return [entry["step"] for entry in trainer.state.log_history if key in entry]
+
+
+def saved(trainer, pattern="checkpoint-*"):
+    return sorted(path.name for path in Path(trainer.args.output_dir).glob(pattern))
+
+
+def called(name, value=lambda call: call.args):
+    """Shows what a function is called with while a run trains."""
+
+    def show(trainer):
+        with mock.patch(name, wraps=pkgutil.resolve_name(name)) as function:
+            trainer.train()
+        return value(function.call_args)
+
+    return show
+
+
+def rows_in_order(trainer):
+    return [int(i) for i in trainer._get_train_sampler()]
+
+
+def loss(trainer):
+    """Of the first step."""
+    return round(trainer.state.log_history[0]["loss"], 4)
+
+
+def optimizer(trainer):
+    return trainer.create_optimizer().defaults
+
+
+def loader(trainer):
+    return trainer.get_train_dataloader()
+
+
+def batches_that_fit(trainer):
+    """What --auto_find_batch_size comes to where more than 2 rows are too many."""
+    step, sizes = trainer.training_step, []
+
+    def training_step(model, inputs, *args):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return step(model, inputs, *args)
+
+    trainer.training_step = training_step
+    trainer.train()
+    return sizes
+
+
+EVALUATE = "--eval_data_file rows --eval_strategy steps --eval_steps 1 --save_strategy no --max_steps 3 "
+WORKERS = "--dataloader_num_workers 2 --dataloader_"
+# Flags (13 rows, 4 a batch, 4 batches an epoch); whether it trains; what is shown; the value.
+TABLE = [
+    ("--learning_rate 1e-2", False, lambda t: optimizer(t)["lr"], 1e-2),
+    ("--optim sgd --optim_args momentum=0.5", False, lambda t: optimizer(t)["momentum"], 0.5),
+    ("--adam_beta1 0.8 --adam_beta2 0.95", False, lambda t: optimizer(t)["betas"], (0.8, 0.95)),
+    ("--adam_epsilon 1e-6", False, lambda t: optimizer(t)["eps"], 1e-6),
+    ("--weight_decay 0.3", False, lambda t: [g["weight_decay"] for g in t.create_optimizer().param_groups], [0.3, 0]),
+    ("--train_sampling_strategy sequential", False, rows_in_order, [*range(13)]),
+    ("--train_sampling_strategy batch_rebalance", False, lambda t: type(t._get_train_sampler()).__name__[:5], "Batch"),
+    ("--dataloader_drop_last", False, lambda t: len(loader(t)), 3),
+    ("--per_device_train_batch_size 2", False, lambda t: len(loader(t)), 7),
+    (
+        '--accelerator_config {"dispatch_batches":true}',
+        False,
+        lambda t: type(loader(t)).__name__,
+        "DataLoaderDispatcher",
+    ),
+    ("--dataloader_num_workers 2", False, lambda t: loader(t).num_workers, 2),
+    (WORKERS + "prefetch_factor 3", False, lambda t: loader(t).prefetch_factor, 3),
+    (WORKERS + "persistent_workers", False, lambda t: loader(t).persistent_workers, True),
+    (WORKERS + "multiprocessing_context spawn", False, lambda t: loader(t).multiprocessing_context._name, "spawn"),
+    (WORKERS + "in_order false", False, lambda t: loader(t).in_order, False),
+    ("--use_cache", False, lambda t: t.model.config.use_cache, True),
+    ("--label_smoothing_factor 0.1", False, lambda t: t.label_smoother.epsilon, 0.1),
+    ("--torch_compile_backend eager", False, lambda t: t.accelerator.state.dynamo_plugin.backend.value, "EAGER"),
+    ("--ddp_bucket_cap_mb 7", False, lambda t: t.accelerator.ddp_handler.bucket_cap_mb, 7),
+    ("--ddp_broadcast_buffers false", False, lambda t: t.accelerator.ddp_handler.broadcast_buffers, False),
+    ("--ddp_static_graph true", False, lambda t: t.accelerator.ddp_handler.static_graph, True),
+    ("--ddp_find_unused_parameters true", False, lambda t: t.accelerator.ddp_handler.find_unused_parameters, True),
+    ("--max_steps 2", True, lambda t: t.state.global_step, 2),
+    ("--num_train_epochs 2", True, lambda t: t.state.global_step, 8),
+    ("--gradient_accumulation_steps 2", True, lambda t: t.state.global_step, 2),
+    ("--max_steps 1 --gradient_checkpointing", True, lambda t: t.model.is_gradient_checkpointing, True),
+    ("--logging_steps 2", True, logged, [2, 4]),
+    ("--logging_steps 3 --logging_first_step", True, logged, [1, 3]),
+    ("--logging_strategy epoch", True, logged, [4]),
+    ("--save_steps 2", True, saved, ["checkpoint-2", "checkpoint-4"]),
+    ("--save_steps 2 --save_total_limit 1", True, saved, ["checkpoint-4"]),
+    ("--save_strategy epoch", True, saved, ["checkpoint-4"]),
+    ("--save_strategy no", True, saved, []),
+    ("--save_steps 2 --save_only_model", True, lambda t: saved(t, "checkpoint-2/optimizer.pt"), []),
+    (EVALUATE, True, lambda t: logged(t, "eval_loss"), [1, 2, 3]),
+    (EVALUATE + "--eval_delay 3", True, lambda t: logged(t, "eval_loss"), [3]),
+    (EVALUATE + "--eval_on_start", True, lambda t: logged(t, "eval_loss"), [0, 1, 2, 3]),
+    ("--include_num_input_tokens_seen", True, lambda t: t.state.log_history[0]["num_input_tokens_seen"] > 0, True),
+    ("--skip_memory_metrics false", True, lambda t: "train_mem_cpu_alloc_delta" in t.state.log_history[-1], True),
+    (
+        "--max_steps 1 --debug underflow_overflow",
+        False,
+        called("transformers.trainer.DebugUnderflowOverflow", bool),
+        True,
+    ),
+    ("--max_steps 1 --max_grad_norm 0.1", False, called("torch.nn.utils.clip_grad_norm_", lambda c: c.args[1]), 0.1),
+]
+# Those that change the first step's loss or the order, by another value of theirs than the default run's.
+CHANGE = [
+    ("--seed 7", rows_in_order),
+    ("--data_seed 7", lambda t: [batch["labels"].tolist() for batch in loader(t)]),
+    ("--neftune_noise_alpha 500", lambda t: (t.train(), loss(t))[1]),
+]
+
+
+@pytest.mark.parametrize(("flags", "trains", "show", "value"), TABLE, ids=[flags for flags, *_ in TABLE])
+def test_what_a_flag_of_hugging_faces_does(flags, trains, show, value, make_trainer):
+    basis = ["--per_device_train_batch_size", 4, "--num_train_epochs", 1, "--logging_steps", 1]
+    trainer = make_trainer(*basis, *flags.split())
+    if trains:
+        trainer.train()
+    assert show(trainer) == value
+
+
+@pytest.mark.parametrize(("flags", "show"), CHANGE, ids=[flags for flags, _ in CHANGE])
+def test_a_flag_that_changes_what_is_drawn(flags, show, make_trainer):
+    basis = ["--max_steps", 1, "--logging_steps", 1]
+    assert show(make_trainer(*basis, *flags.split())) != show(make_trainer(*basis))
+
+
+@pytest.mark.parametrize("flag", sorted(parser.IGNORED))
+def test_a_flag_without_effect_is_said(flag, capsys):
+    value = "true" if flag.startswith(("remove", "batch", "pred", "do_", "eval_do", "eval_use", "rest")) else "3"
+    parse_arguments(["--output_dir", "out", "--use_cpu", f"--{flag}", value])
+    assert f"--{flag}: no effect: " in capsys.readouterr().out

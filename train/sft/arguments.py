@@ -1,19 +1,15 @@
-"""What can be set: three dataclasses, and the checks of their values. parser.py reads them.
+"""What can be set: three dataclasses. parser.py reads them, checks.py looks at the values.
 
-Refused here (exit code 2): a value outside its range, flags that contradict each other, a DeepSpeed file that
-contradicts the flags.
+Refused here (exit code 2): a DeepSpeed file that contradicts the flags, a reporter that is not installed.
 """
 
-import json
-import os
-import re
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import transformers
 from transformers.integrations import get_available_reporting_integrations
 
-from sft.messages import Refused, choice, is_secret, masked, note
+from sft.messages import Refused, is_secret, masked
 
 
 def option(default: Any = None, text: str = "", factory: Any = None) -> Any:
@@ -21,6 +17,11 @@ def option(default: Any = None, text: str = "", factory: Any = None) -> Any:
     if factory is not None:
         return field(default_factory=factory, metadata={"help": text})
     return field(default=default, metadata={"help": text})
+
+
+def curves() -> list[str]:
+    """Where curves go by default."""
+    return ["tensorboard"]
 
 
 def yes_no(text: str, const: Any = True) -> Any:
@@ -33,12 +34,10 @@ class ModelArguments:
     """Which model is trained, how it is built, and which part of it."""
 
     model_name_or_path: str | None = option(
-        None, "Model directory or hub id. Not given: a model is built from the architecture flags."
+        None, "A model, an adapter, or a hub id. Not given: built from the architecture flags."
     )
     tokenizer_name_or_path: str | None = option(None, "Tokenizer directory. Default: the model's.")
-    trust_remote_code: bool | None = yes_no(
-        "Run the directory's code. Default: true for a local directory, false for a hub id."
-    )
+    trust_remote_code: bool | None = yes_no("Run code that a directory brings. Default: a local one's, no hub id's.")
     model_code: Literal["auto", "native", "remote"] = option(
         "auto", "auto: transformers' class where it computes the same model."
     )
@@ -74,7 +73,7 @@ class ModelArguments:
     )
     use_rslora: bool = option(False, "Scale the adapter by alpha / sqrt(rank) (rsLoRA).")
     use_dora: bool = option(False, "Train the magnitudes of the weights' columns beside the adapter (DoRA).")
-    any_base: bool = option(False, "Resume an adapter on another base than the one that it was trained on.")
+    any_base: bool = option(False, "Train an adapter on another base than the one that it was trained on.")
     trainable_params: str | None = option(None, "Regular expression: train the parameters in whose names it is found.")
     train_attention_params_only: bool = option(False, "Train the attention layers and nothing else.")
     make_moe_param_leaf_module: bool = option(False, "Under ZeRO-3, gather an MoE layer's parameters at once.")
@@ -82,6 +81,7 @@ class ModelArguments:
 
     hub_ids: ClassVar[dict[str, str]] = {}  # {directory: the hub id whose files were fetched into it}
     given = frozenset[str]()  # the flags that this start was given
+    adapter = cast(Any, None)  # the directory of one to begin from; model_name_or_path is then its base
 
 
 @dataclass
@@ -121,8 +121,12 @@ class TrainingArguments(transformers.TrainingArguments):
         None, "Stop after so many evaluations without a better metric_for_best_model."
     )
     probe_file: str | None = option(None, "jsonl of conversations; asked before and after training, and scored.")
-    report_to: None | str | list[str] = option("tensorboard", "Where the curves go: tensorboard, wandb, none, ….")
+    report_to: list[str] = option(text="Where the curves go: tensorboard (default), wandb, none, ….", factory=curves)
     verify_checkpoints: bool = option(False, "Hash optimizer files above 1 GB whole: when saved and when resumed.")
+    include_num_input_tokens_seen: str = field(
+        default="no", metadata={"help": "Log the tokens so far: all, non_padding or no.", "nargs": "?", "const": "all"}
+    )
+    liger_kernel_config: str | None = option(None, "Which of Liger's kernels are used, as a JSON object.")
     logging_nan_inf_filter: bool = option(False, "Hugging Face's. A non-finite loss ends the run all the same.")
 
     warmup_ratio: float | None = option(None, "Warmup as a share of all steps; the same as --warmup_steps below 1.")
@@ -155,9 +159,6 @@ class TrainingArguments(transformers.TrainingArguments):
 
 GROUPS = (ModelArguments, DataArguments, TrainingArguments)
 
-# Schedules with a lowest rate of their own; for the others see training/trainer.py.
-KNOW_A_LOWEST_RATE = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy")
-
 
 def settable() -> list[Field]:
     """The field of every flag that is read, in the order of the three dataclasses."""
@@ -172,128 +173,3 @@ def defaults() -> dict[str, Any]:
 def default_of(f: Any) -> Any:
     """A field's default; a new one where it can be changed."""
     return f.default if f.default is not MISSING else f.default_factory()
-
-
-# ------------------------------------------------------------------------------------------------ the checks
-
-
-def check_values(values: dict[str, Any]) -> None:
-    """Refuse, of all flags' values, what is out of its range and what contradicts another one."""
-    if values["output_dir"] is None:
-        raise Refused("--output_dir is not given: say where the run's files go")
-    at_least(values, 1, "hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    at_least(values, 1, "num_experts", "moe_topk", "model_max_length", "max_position_embeddings", "vocab_size")
-    at_least(values, 1, "lora_rank", "lora_alpha", "preprocessing_num_workers")
-    at_least(values, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
-    at_least(values, 2, "max_seq_length")
-    at_least(values, 0, "learning_rate", "min_lr", "warmup_steps", "num_train_epochs", "weight_decay", "seed")
-    at_least(values, 0, "router_aux_loss_coef", "early_stopping_patience")
-    if values["min_lr"] > values["learning_rate"]:
-        raise Refused(f"--min_lr {values['min_lr']:g} is above --learning_rate {values['learning_rate']:g}")
-    if not 0 <= values["lora_dropout"] < 1:
-        raise Refused(f"--lora_dropout {values['lora_dropout']}: must be at least 0 and below 1")
-    if values["warmup_ratio"] is not None and not 0 <= values["warmup_ratio"] < 1:
-        raise Refused(f"--warmup_ratio {values['warmup_ratio']}: must be at least 0 and below 1")
-    if values["eval_split"] is not None and not 0 < values["eval_split"] < 1:
-        raise Refused(f"--eval_split {values['eval_split']}: must be above 0 and below 1")
-    if values["eval_split"] is not None and values["eval_data_file"]:
-        raise Refused("--eval_split and --eval_data_file: one of them")
-    if values["enable_jit_checkpoint"]:
-        raise Refused("--enable_jit_checkpoint: leave it out: every run saves a checkpoint at SIGTERM, on all ranks")
-    if values["packing"] == "bin" and values["group_by_length"]:
-        raise Refused("--group_by_length with --packing bin: bins are equally full, there is nothing to group")
-    if values["trainable_params"] is not None:
-        if values["use_lora"] or values["train_attention_params_only"]:
-            raise Refused("--trainable_params: not beside --use_lora or --train_attention_params_only")
-        try:
-            re.compile(values["trainable_params"])
-        except re.error as error:
-            raise Refused(f"--trainable_params {values['trainable_params']}: {error}") from error
-
-
-def at_least(values: dict[str, Any], least: float, *names: str) -> None:
-    """Refuse a number below `least`; None (not given) passes."""
-    for name in names:
-        if values[name] is not None and not values[name] >= least:
-            raise Refused(f"--{name} {values[name]}: must be at least {least}")
-
-
-def choose_evaluation(values: dict[str, Any]) -> None:
-    """With rows to evaluate on, evaluate when a checkpoint is saved, unless told otherwise; refuse what needs such
-    rows where there are none."""
-    size = "per_device_eval_batch_size"
-    values[size] = values[size] or values["per_device_train_batch_size"]
-    saving = str(values["save_strategy"])
-    rows = values["eval_data_file"] or values["eval_split"] is not None
-    needing = {"eval_strategy": values["eval_strategy"] not in (None, "no"), "save_strategy": saving == "best"}
-    needing |= {name: bool(values[name]) for name in ("early_stopping_patience", "load_best_model_at_end")}
-    if not rows and (name := next((name for name, needs in needing.items() if needs), None)):
-        raise Refused(f"--{name}: there are no rows to evaluate on: --eval_data_file or --eval_split")
-    if values["early_stopping_patience"] and values["eval_strategy"] == "no":
-        raise Refused("--early_stopping_patience: nothing is evaluated with --eval_strategy no")
-    if any(needing.values()) and values["metric_for_best_model"] is None:
-        values["metric_for_best_model"] = "loss"
-    if values["metric_for_best_model"] not in (None, "loss", "eval_loss"):
-        raise Refused(f"--metric_for_best_model {values['metric_for_best_model']}: the loss is what is measured")
-    if values["eval_strategy"] is None:
-        values["eval_strategy"] = "no"
-        if rows:
-            values["eval_strategy"] = saving if saving in ("steps", "epoch") else "epoch"
-            choice("eval_strategy", values["eval_strategy"], "there are rows to evaluate on")
-    if values["eval_strategy"] == "steps" and values["eval_steps"] is None:
-        values["eval_steps"] = values["save_steps"]
-        choice("eval_steps", f"{values['eval_steps']:g}", "as save_steps")
-
-
-def use_todays_names(values: dict[str, Any]) -> None:
-    """Let flags that transformers 5 renamed or dropped do what they did."""
-    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        new = old.replace("gradient", "activation")
-        if new not in values:  # transformers 5.17 knows the old name alone
-            continue
-        if values[new] is None:
-            values[new] = values[old]
-        values[old] = None
-    if values["warmup_ratio"] is not None:
-        if values["warmup_steps"] in (0, values["warmup_ratio"]):
-            values["warmup_steps"] = values["warmup_ratio"]
-        else:
-            note("--warmup_ratio has no effect: --warmup_steps is given")
-    if values["group_by_length"]:
-        values["train_sampling_strategy"] = "group_by_length"
-    if values["logging_dir"] is not None:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = values["logging_dir"]
-
-
-def set_lowest_rate(values: dict[str, Any]) -> None:
-    """Give the schedules that know a lowest rate --min_lr. The cosine ones get a share of the highest: under ZeRO-3 an
-    absolute one asks the optimiser for a value that it does not have."""
-    if values["lr_scheduler_type"] not in KNOW_A_LOWEST_RATE:
-        return
-    own = values["lr_scheduler_kwargs"] or {}
-    own = json.loads(own) if isinstance(own, str) else dict(own)
-    if not values["lr_scheduler_type"].startswith("cosine"):
-        own.setdefault("min_lr", values["min_lr"])
-    elif "min_lr_rate" not in own:
-        own["min_lr_rate"] = own.pop("min_lr", values["min_lr"]) / (values["learning_rate"] or 1)
-    values["lr_scheduler_kwargs"] = own
-
-
-def build(values: dict[str, Any]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """The three dataclasses, of all flags' values; refuses what only they show together."""
-
-    def of(cls: Any) -> dict[str, Any]:
-        return {f.name: values[f.name] for f in fields(cls) if f.init}
-
-    model, data = ModelArguments(**of(ModelArguments)), DataArguments(**of(DataArguments))
-    training = TrainingArguments(**of(TrainingArguments))
-    # transformers 5.17 has the old names alone
-    recomputes = getattr(training, "activation_checkpointing", training.gradient_checkpointing)
-    kwargs = getattr(training, "activation_checkpointing_kwargs", training.gradient_checkpointing_kwargs) or {}
-    if model.router_aux_loss_coef and recomputes and kwargs.get("use_reentrant"):
-        raise Refused("--router_aux_loss_coef: gets no gradient with use_reentrant in --gradient_checkpointing_kwargs")
-    gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-    zero3 = training.deepspeed and training.hf_deepspeed_config.is_zero3()
-    if zero3 and not model.use_lora and not training.hf_deepspeed_config.get_value(gather):
-        raise Refused(f"--deepspeed: {gather} must be true, else the final directory has no weights")
-    return model, data, training

@@ -265,7 +265,7 @@ def check_keys(output: Path, plan: Plan, base: ModelDirectory) -> None:
 def check_logits(output: Path, base: ModelDirectory, adapter: Path) -> None:
     """Print the largest difference between the result's logits and those of base + adapter."""
     expected = logits(base, adapter)
-    found = logits(ModelDirectory(output, model_code=base.model_code))
+    found = logits(ModelDirectory(output, trusted=base.trusted, model_code=base.model_code))
     difference = (expected - found).abs().max()
     why = "largest difference from base + adapter with PEFT on 32 fixed tokens, fp32; largest logit"
     choice("verify logits", f"{difference:.3g}", f"{why} {expected.abs().max():.3g}")
@@ -273,13 +273,10 @@ def check_logits(output: Path, base: ModelDirectory, adapter: Path) -> None:
 
 def logits(directory: ModelDirectory, adapter: Path | None = None) -> torch.Tensor:
     """fp32 logits (1, 32, vocabulary) of a model on fixed tokens, with the adapter as PEFT applies it."""
-    from sft.model.pretrained import load_pretrained  # takes seconds to import: only here
+    from sft.model.pretrained import load_adapter, load_pretrained  # takes seconds to import: only here
 
     model: Any = load_pretrained(directory, dtype=torch.float32)
-    if adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter)
+    model = load_adapter(model, adapter) if adapter else model
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     input_ids = torch.arange(1, 33, device=model.device)[None] % model.config.vocab_size
     with torch.no_grad():

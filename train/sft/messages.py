@@ -76,6 +76,12 @@ def end_by_ctrl_c() -> NoReturn:
     raise SystemExit(128 + signal.SIGINT)  # where it is blocked
 
 
+def in_one_line(error: Exception) -> str:
+    """What an error of a library says, for a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 500 else f"{text[:500]} …"
+
+
 def first_few(items: list[str]) -> str:
     """The first few of a list, for a message."""
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
@@ -105,6 +111,13 @@ def in_units(size: float) -> str:
     """A number of bytes for a message: 512 bytes, 1.5 MB, 70 GB."""
     power = min(4, int(math.log10(size)) // 3) if size >= 1 else 0
     return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def yes_or_no(text: str) -> bool:
+    """The value of a script's flag, spelled as train.py's may be."""
+    if text.lower() not in ("true", "t", "yes", "y", "1", "false", "f", "no", "n", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "t", "yes", "y", "1")
 
 
 def run_script(
@@ -162,6 +175,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise Refused(f"{message}; --help lists the flags")
+
+    def add_trust(self) -> None:
+        """Add --trust_remote_code, with train.py's default for a local directory."""
+        text = "run the Python files that a directory brings (default: true)"
+        self.add_argument("--trust_remote_code", type=yes_or_no, nargs="?", const=True, default=True, help=text)
 
 
 def newest(root: Path, files: tuple[str, ...]) -> Path | None:

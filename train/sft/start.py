@@ -27,8 +27,10 @@ if __name__ == "__main__":
     stopping.end_at_signals(stopping.BEFORE_THE_FIRST_STEP)  # the imports take seconds
     name_job()
 
-from sft.arguments import check_values, defaults
+from sft.arguments import defaults
+from sft.checks import check_values
 from sft.messages import Refused, guard, report_refusal, run_script
+from sft.model.files import is_adapter
 from sft.nodes.examine import number_of_gpus
 from sft.nodes.launch import launch
 from sft.nodes.preflight import number_from, read_nodes, visit
@@ -73,6 +75,7 @@ class Job:
 def read_variables(given: dict[str, Any]) -> dict[str, str]:
     """train.sh's variables, with the values of flags that are given."""
     variables = {name: os.environ.get(name, "") for name in (*FLAG_OF, "HOST_GPU_NUM")}
+    variables |= {name: os.path.expanduser(variables[name]) for name in FLAG_OF}
     for name, flag in FLAG_OF.items():
         if given.get(flag):
             variables[name] = str(given[flag])
@@ -108,8 +111,9 @@ def choose_machine(job: Job) -> int:
 
 def choose_model(job: Job, script: str, recipe: list[str], lora: list[str], example: list[str]) -> list[str]:
     """Choose model, rows and output directory; returns the recipe of such a run."""
-    variables, use_lora = job.variables, job.given.get("use_lora")
-    resumed, model = "resume_from_checkpoint" in job.given, variables["MODEL_PATH"]
+    variables, model = job.variables, job.variables["MODEL_PATH"]
+    use_lora = job.given.get("use_lora") or bool(model) and is_adapter(model)
+    resumed = "resume_from_checkpoint" in job.given
     output = TRAIN / "output"
     recipe = recipe + lora if use_lora else recipe
     if model and not resumed and not variables["TRAIN_DATA_FILE"]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.chat_template import ChatTemplate, Ending, Render, ended, switches_of
-from sft.data.rows import BadRow
+from sft.data.lines import BadRow
 from sft.data.thinking import (
     Turn,
     as_templates_read,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from sft.data.rows import BadRow
+from sft.data.lines import BadRow
 from sft.data.thinking import as_templates_read
 from sft.data.tokens import common_prefix
 

@@ -3,7 +3,8 @@
 A row is `{"messages": [{"role": …, "content": …}, …]}`, rendered by the tokenizer's own chat template. The loss is on
 what the assistant says and on the token that ends its turn, nothing else (chat_format.py finds it).
 
-Refused: what rows.py refuses, and with `file:line` what rows.py, thinking.py and chat_format.py call a bad row.
+Refused: what lines.py refuses, and with `file:line` what rows.py, shapes.py, thinking.py and chat_format.py call a bad
+row.
 """
 
 import functools
@@ -22,8 +23,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.chat_format import ChatFormat, Sequence
+from sft.data.lines import BadRow, data_files
 from sft.data.report import Report, report_findings
-from sft.data.rows import BadRow, data_files, parse_row
+from sft.data.shapes import parse_row
 from sft.messages import Refused, note
 
 IGNORE_INDEX = -100  # the label of a token that is not supervised
@@ -41,8 +43,10 @@ class Options:
     history: str = "as_written"
 
 
-def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options: Options) -> tuple[pa.Table, Report]:
-    """Lines → token sequences, cut as the options say, and what was found on the way.
+def encode_rows(
+    lines: list[tuple[int, bytes | None]], chat: ChatFormat, options: Options, shape: str | None = None
+) -> tuple[pa.Table, Report]:
+    """Rows of a shape (see shapes.py) → token sequences, cut as the options say, and what was found on the way.
 
     Returns a table of `input_ids`, `spans` (first token and end of each supervised stretch, flat), `row_hash` and
     `line` (both the same for all sequences of a row).
@@ -53,11 +57,12 @@ def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options
         try:
             if line is None:
                 raise BadRow("is longer than 16 MB")
-            sequences = render_row(line, chat, options, report)
+            sequences, counts = render_row(line, chat, options, shape)
             row_hash = int.from_bytes(hashlib.blake2b(line.strip(), digest_size=4).digest(), "little")
         except BadRow as error:
             report.found("bad", number, str(error))
         else:
+            report.counted(counts, number)
             rendered.append((number, row_hash, sequences))
             texts += [text for text, _ in sequences]
     all_ids = iter(chat.encoder.encode_each(texts))
@@ -67,8 +72,11 @@ def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options
         if len(ids_of_row) < len(sequences):
             report.found("bad", number, "the tokenizer raised an error")
             continue
-        kept = cut_row(sequences, ids_of_row, chat, options)
+        kept, answer_cut = cut_row(sequences, ids_of_row, chat, options)
         longest = max(map(len, ids_of_row))
+        report.longest = max(report.longest, longest)
+        if answer_cut:
+            report.found("answer_cut", number)
         if longest > options.max_seq_length:
             report.found("overlong", number, f"{longest} tokens")
         if not kept and (longest <= options.max_seq_length or options.overlong == "truncate"):
@@ -79,36 +87,38 @@ def encode_rows(lines: list[tuple[int, bytes | None]], chat: ChatFormat, options
     return pa.Table.from_pylist(encoded, SCHEMA), report
 
 
-def render_row(line: bytes, chat: ChatFormat, options: Options, report: Report) -> list[Sequence]:
-    """The texts that a line becomes. Raises BadRow; a bad row adds nothing to the counts."""
-    row = parse_row(line)
+def render_row(
+    line: bytes, chat: ChatFormat, options: Options, shape: str | None
+) -> tuple[list[Sequence], Counter[str]]:
+    """The texts that a row becomes, and counts of what was found in it. Raises BadRow."""
     counts: Counter[str] = Counter()
+    row = parse_row(line, shape, counts)
     try:
-        sequences = chat.sequences(row, options.train_on, counts, options.history)
+        return chat.sequences(row, options.train_on, counts, options.history), counts
     except BadRow:
         raise
     except Exception as error:  # a template may raise anything, and its message may quote the row
         raise BadRow(f"the chat template does not render it ({type(error).__name__})") from error
-    report.counts.update(counts)
-    return sequences
 
 
 def cut_row(
     sequences: list[Sequence], ids_of_row: list[list[int]], chat: ChatFormat, options: Options
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, spans) of the row's sequences that have a supervised token within max_seq_length."""
-    limit, kept = options.max_seq_length, []
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], bool]:
+    """(ids, spans) of the row's sequences that have a supervised token within max_seq_length, and whether one is cut
+    off there."""
+    limit, kept, answer_cut = options.max_seq_length, [], False
     for (text, spans), ids in zip(sequences, ids_of_row):
         if len(ids) > limit and options.overlong != "truncate":
             continue
         ids = np.array(ids, np.int32)
         places = chat.encoder.tokens_before(text, ids, [place for span in spans for place in span])
         starts = [max(start, 1) for start in places[::2]]  # nothing before the first token could predict it
+        answer_cut = answer_cut or max(places, default=0) > limit
         ends = [min(end, limit) for end in places[1::2]]
         spans = [(start, end) for start, end in zip(starts, ends) if start < end]
         if spans:
             kept.append((ids[:limit], np.array(spans, np.int32).ravel()))
-    return kept
+    return kept, answer_cut
 
 
 class Examples(torch.utils.data.Dataset):

@@ -6,10 +6,10 @@ Refused: bad rows, unless --bad_rows skip; rows over --max_seq_length with --ove
 from collections import Counter
 from dataclasses import dataclass, field
 
-from sft.data.rows import ALPACA, NEEDED, SHAREGPT
 from sft.messages import Refused, note
 
 SHOWN = 20  # lines of a kind that are named; the rest is counted
+SHOWN_OF_WARNINGS = 5
 
 # Training succeeds with these, but the model learns the wrong thing.
 WARNINGS = {
@@ -20,23 +20,34 @@ WARNINGS = {
     "thinking_left_out": "assistant turns whose thinking the template leaves out",
     "text_left_out": "messages whose text the template leaves out",
     "without_end": "assistant turns that the template ends with no token of its own: the model does not learn to stop",
+    "answer_cut": "rows lose an answer, or its end, at --max_seq_length",
     "tools_left_out": "times tools or tool calls are left out by the template (some render calls only beside tools)",
 }
 
 
 @dataclass
 class Report:
-    """Counts of what was found; of each kind the first lines, each with what is wrong; notes on accepted oddities."""
+    """Counts of what was found; of each kind the first lines, each with what is wrong; notes on accepted oddities; the
+    tokens of the longest row."""
 
     counts: Counter[str] = field(default_factory=Counter)
     lines: dict[str, list[tuple[int | str, str]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    longest: int = 0
 
     def found(self, kind: str, line: int, what: str = "") -> None:
         """Count one more of a kind, and keep its line if it is among the first."""
         self.counts[kind] += 1
         if len(self.lines.setdefault(kind, [])) < SHOWN:
             self.lines[kind].append((line, what))
+
+    def counted(self, counts: Counter[str], line: int) -> None:
+        """Add the counts of a row, and keep its line for each warning."""
+        for kind, number in counts.items():
+            if kind in WARNINGS and number:
+                self.found(kind, line)
+                number -= 1
+            self.counts[kind] += number
 
     def add(self, later: "Report", file: object = None) -> None:
         """Add what was found further down or, with `file`, in one of several files: lines are then `file:line`."""
@@ -46,6 +57,15 @@ class Report:
                 lines = [(f"{file}:{line}", what) for line, what in lines]
             self.lines[kind] = (self.lines.get(kind, []) + lines)[:SHOWN]
         self.notes += [text for text in later.notes if text not in self.notes]
+        self.longest = max(self.longest, later.longest)
+
+    def remarks(self, file: object) -> list[str]:
+        """All lines, each with what there is to say of it."""
+        return [
+            f"{file}:{line}: {WARNINGS.get(kind, kind)}" + (f": {what}" if what else "")
+            for kind, lines in self.lines.items()
+            for line, what in lines
+        ]
 
     def listed(self, kind: str) -> str:
         """The first lines of a kind, one below the other, and how many more there are."""
@@ -59,8 +79,6 @@ def report_findings(report: Report, bad_rows: str, overlong: str, max_seq_length
     counts = report.counts
     if counts["bad"]:
         text = f"{counts['bad']} of {counts['rows']} rows are bad:\n{report.listed('bad')}"
-        if any(what in (ALPACA, SHAREGPT) for _, what in report.lines["bad"]):
-            text += f"\n{NEEDED}"
         if bad_rows == "error":
             raise Refused(f"{text}\nMend them, or leave them out with --bad_rows skip")
         note(f"--bad_rows skip: {text}")
@@ -81,6 +99,12 @@ def report_findings(report: Report, bad_rows: str, overlong: str, max_seq_length
         note(f"{counts['history_as_written']} {what}: --history answers leaves them out")
     if counts["turns_not_trained_on"]:
         note(f"{counts['turns_not_trained_on']} of {counts['turns']} assistant turns are not trained on")
+    unused = [f"{key} ({counts[key]} rows)" for key in counts if key.startswith('"')]
+    if unused:
+        more = f", … {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
+        note(f"keys that are not used: {', '.join(unused[:SHOWN])}{more}")
     for kind, text in WARNINGS.items():
         if counts[kind]:
-            note(f"warning: {counts[kind]} {text}")
+            longest = f" {max_seq_length}; the longest row has {report.longest} tokens" * (kind == "answer_cut")
+            places = ", ".join(str(line) for line, _ in report.lines[kind][:SHOWN_OF_WARNINGS])
+            note(f"warning: {counts[kind]} {text}{longest}. The first: {places}")

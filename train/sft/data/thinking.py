@@ -5,7 +5,8 @@ Bad rows: thinking in two places that differs.
 
 from typing import NamedTuple
 
-from sft.data.rows import THINKING, BadRow
+from sft.data.lines import BadRow
+from sft.data.rows import THINKING
 
 
 class Turn(NamedTuple):

@@ -29,8 +29,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from sft.data.lines import Unreadable, is_gzip, read_lines
 from sft.data.report import Report
-from sft.data.rows import Unreadable, read_lines
+from sft.data.shapes import shape_in
 from sft.messages import Refused
 from sft.processes import die_with_parent
 
@@ -43,7 +44,8 @@ OF_A_PLACE = ("_file", "name_or_path", "auto_map", "is_local", "local_files_only
 CODE = sorted(Path(__file__).parent.glob("*.py"))
 
 Line = tuple[int, bytes | None]
-Encode = Callable[[list[Line]], tuple[pa.Table, Report]]
+Chunk = tuple[list[Line], str | None]  # lines, and the shape of their file
+Encode = Callable[..., tuple[pa.Table, Report]]  # of lines and the keyword shape
 _encode: Encode  # a worker's
 
 
@@ -67,13 +69,13 @@ def tokenized(file: Path, key: list[str], encode: Encode, workers: int) -> tuple
     found = json.loads((entry / "report.json").read_text(encoding="utf-8"))
     if refusal := found.pop("refused", None):
         raise Refused(refusal.replace("FILE", str(file)))
-    report = Report(Counter(found["counts"]), found["lines"], found["notes"])
+    report = Report(Counter(found.pop("counts")), **found)
     return datasets.Dataset.from_file(str(entry / "rows.arrow")), report
 
 
 def workers_for(files: list[Path]) -> int:
     """One process a core that this one may use, where there is enough for each to do."""
-    size = sum(file.stat().st_size * (5 if file.suffix == ".gz" else 1) for file in files)
+    size = sum(file.stat().st_size * (5 if is_gzip(file) else 1) for file in files)
     return max(1, min(len(os.sched_getaffinity(0)), MOST_WORKERS, size // WORTH_A_WORKER))
 
 
@@ -164,7 +166,7 @@ def make_entry(entry: Path, file: Path, encode: Encode, workers: int) -> None:
 def write_rows(path: Path, file: Path, encode: Encode, workers: int) -> Report:
     """Stream the file's lines through `encode` into an Arrow file, in order."""
     size, report = file.stat().st_size, Report()
-    workers = workers if file.suffix == ".gz" else min(workers, math.ceil(size / CHUNK))
+    workers = workers if is_gzip(file) else min(workers, math.ceil(size / CHUNK))
     # the bar appears when a pass takes more than a moment; in a log file it is a line now and then
     bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenizing {file.name}", delay=2,
                mininterval=0.5 if sys.stderr.isatty() else 20)  # fmt: skip
@@ -177,31 +179,34 @@ def write_rows(path: Path, file: Path, encode: Encode, workers: int) -> Report:
     return report
 
 
-def chunks(file: Path, notes: list[str]) -> Iterator[tuple[list[Line], int]]:
-    """Lines together, about CHUNK bytes of them, and the place in the file after them."""
-    lines, size = [], 0
+def chunks(file: Path, notes: list[str]) -> Iterator[tuple[Chunk, int]]:
+    """Lines together, about CHUNK bytes of them, with the shape of the file's first row, and the place in the file
+    after them."""
+    lines, size, shape = [], 0, None
     for number, line, position in read_lines(file, notes):
+        shape = shape or (shape_in(line) if line else None)
         lines.append((number, line))
         size += len(line or b"")
         if size >= CHUNK:
-            yield lines, position
+            yield (lines, shape), position
             lines, size = [], 0
     if lines:
-        yield lines, position
+        yield (lines, shape), position
+    notes += [shape] if shape not in (None, "messages") else []
 
 
-def encoded(chunks: Iterator[tuple[list[Line], int]], encode: Encode, workers: int) -> Iterator:
+def encoded(chunks: Iterator[tuple[Chunk, int]], encode: Encode, workers: int) -> Iterator:
     """Yield what `encode` makes of each chunk, in order. With several workers a few chunks are under way at a time."""
     if workers == 1:
-        for lines, position in chunks:
-            yield encode(lines), position
+        for (lines, shape), position in chunks:
+            yield encode(lines, shape=shape), position
         return
     # forked: the tokenizer is not loaded again. A worker touches neither torch nor a device
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=begin_worker, initargs=(encode,))
     try:
         under_way: deque[tuple[Future, int]] = deque()
-        for lines, position in chunks:
-            under_way.append((pool.submit(work, lines), position))
+        for (lines, shape), position in chunks:
+            under_way.append((pool.submit(work, lines, shape), position))
             if len(under_way) > 2 * workers:
                 future, position = under_way.popleft()
                 yield future.result(), position
@@ -222,5 +227,5 @@ def begin_worker(encode: Encode) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def work(lines: list[Line]) -> tuple[pa.Table, Report]:
-    return _encode(lines)
+def work(lines: list[Line], shape: str | None) -> tuple[pa.Table, Report]:
+    return _encode(lines, shape=shape)

@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from sft.messages import Refused, first_few, note, read_json
+from sft.messages import Refused, first_few, in_one_line, note, read_json
 from sft.model.directory import HARMLESS, ModelDirectory
 from sft.model.weight_files import build_on_meta, is_transformers_own, names_in_model
 
@@ -68,14 +68,17 @@ def is_same_tensor(one: list, other: list) -> bool:
     return one[1] == other[1] and all(math.isclose(*pair, rel_tol=relative, abs_tol=absolute) for pair in pairs)
 
 
+def use_code(base: ModelDirectory, code: str) -> None:
+    """Let the code that trained an adapter compute its base. Refuses where the flags want other code."""
+    if code != "auto" and base.model_code not in ("auto", code):
+        raise Refused(f"--model_code {base.model_code}: the adapter was trained with {code} code: leave the flag out")
+    base.model_code = base.model_code if code == "auto" else code
+
+
 def record_base(model: Any, base: ModelDirectory) -> bytes:
-    """The content of base.json. Makes the adapter name the base that is used, as a path from any directory. Refuses a
-    model of other code than trained the resumed adapter."""
+    """The content of base.json. Makes the adapter name the base that is used, as a path from any directory."""
     inner = model.get_base_model()
     code = "native" if is_transformers_own(inner) else "remote"
-    if base.adapter_code not in ("auto", code):
-        trained_by = f"{base.adapter_code} code, which trained the adapter"
-        raise Refused(f"--model_code, --trust_remote_code: allow {trained_by}")
     path = model.peft_config["default"].base_model_name_or_path = base.base_name
     record = {"path": path, "class": type(inner).__name__, "code": code, "tensors": fingerprint(base, code)}
     return json.dumps(record, separators=(",", ":")).encode()
@@ -98,7 +101,7 @@ def check_base(adapter: Path, base: ModelDirectory, any_base: bool) -> str:
         differ = trained_on.keys() ^ now.keys() | {n for n in both if not is_same_tensor(trained_on[n], now[n])}
         why = f"{len(differ)} of {len(trained_on)} tensors differ ({first_few(sorted(differ))})" if differ else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        why = f"it is no {record.get('class')} ({' '.join(str(error).split())[:200]})"
+        why = f"it is no {record.get('class')} ({in_one_line(error)})"
     if why:
         what = f"{adapter}: {base.path} is not the base that it was trained on ({record.get('path')}): {why}"
         if not any_base:

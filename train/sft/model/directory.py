@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sft.messages import Refused, first_few, read_json
-from sft.model.files import code_files, files_of_a_model, write_json
+from sft.model.files import OF_A_TOKENIZER, code_files, files_of_a_model, is_adapter, write_json
 from sft.model.generations import brings_old_code, native_class, runs_own_code
 from sft.model.weight_files import (
     DTYPES,
@@ -63,7 +63,6 @@ class ModelDirectory:
         self.tokenizer_path: Any = Path(tokenizer) if tokenizer is not None else self.path
         self.trusted, self.tokenizer_trusted, self.model_code = trusted, tokenizer_trusted, model_code
         self.name, self.hub_id = name or str(path), hub_id
-        self.adapter_code = "auto"  # the code that trained the adapter that is loaded, as `model_code`
         self.added: dict[str, bytes] = {}  # files that saved directories get, beside the directory's own
 
     def check(self) -> None:
@@ -71,7 +70,9 @@ class ModelDirectory:
         if self.path is None:
             return
         if not self.path.is_dir():
-            raise Refused(f"{self.name}: no such directory")
+            raise Refused(f"{self.name}: no such directory (looked in {Path.cwd()})")
+        if is_adapter(self.path):
+            raise Refused(f"{self.name}: is an adapter and not a model")
         if not (self.path / "config.json").is_file():
             raise Refused(f"{self.name}: has no config.json")
         if not self.has_safetensors and not any(self.path.glob("pytorch_model*.bin")):
@@ -79,11 +80,11 @@ class ModelDirectory:
         if self.config.get("quantization_config"):
             raise Refused(f"{self.name}: is quantised (quantization_config in config.json): use its base")
         _ = self.tensors  # reads the headers
-        if self.brings_old_code:
-            for file in code_files(self.path, self.config["auto_map"]):
+        if self.brings_old_code and self.trusted:
+            for file in code_files(self.path, self.auto_map):
                 if not (self.path / file).is_file():
                     raise Refused(f"{self.path}: its code needs {file}, which is not there")
-            _ = self.runs_own_code
+        _ = self.runs_own_code
 
     @property
     def base_name(self) -> str:
@@ -123,21 +124,33 @@ class ModelDirectory:
     # ------------------------------------------------------------------------------------------ whose code runs
 
     @property
+    def auto_map(self) -> dict[str, Any]:
+        """Which of its Python files hold which class."""
+        return self.config.get("auto_map") or {}
+
+    @property
     def may_run_code(self) -> bool:
         """Whether its Python files are run where it names any."""
         return self.trusted and self.model_code != "native"
 
     @cached_property
     def brings_old_code(self) -> bool:
-        """Whether it brings code of transformers 4.41 that may run."""
-        return self.trusted and brings_old_code(self.config)
+        """Whether it brings code of transformers 4.41."""
+        return brings_old_code(self.config)
 
     @property
     def runs_own_code(self) -> bool:
-        """Whether the code that it brings computes the model, and not transformers' class."""
+        """Whether the code that it brings computes the model, and not transformers' class. Refuses a model that only
+        that code computes, where it may not run."""
         if self.brings_old_code:
-            return runs_own_code(self.config, self.model_code)
-        return self.may_run_code and "AutoModelForCausalLM" in (self.config.get("auto_map") or {})
+            own = runs_own_code(self.config, self.model_code)
+        else:
+            own = self.model_code != "native" and "AutoModelForCausalLM" in self.auto_map
+        if self.model_code == "remote" and self.path and not own:
+            raise Refused(f"{self.name}: brings no code that computes it (--model_code remote, or its adapter)")
+        if own and not self.trusted and (self.model_code == "remote" or self.brings_old_code):
+            raise Refused(f"{self.name}: is computed by code that it brings: allow that (--trust_remote_code)")
+        return own and self.trusted
 
     def native_class(self) -> tuple[Any, Any]:
         """transformers' own class for it, and its configuration."""
@@ -220,11 +233,15 @@ class ModelDirectory:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """{name: path} of what belongs to the model beside weights and config.json; the tokenizer's own files win.
-        Prints what else is there."""
+        """{name: path} of what belongs to the model beside weights and config.json. Of the two directories' files that
+        make a tokenizer, a chat template among them, the tokenizer's alone. Prints what else is there."""
         found = files_of_a_model(self.tokenizer_path) if self.tokenizer_path else {}
         if self.path and not self.path.samefile(self.tokenizer_path):
-            found = files_of_a_model(self.path) | found
+            auto_map = {key: value for key, value in self.auto_map.items() if key != "AutoTokenizer"}
+            code = code_files(self.path, auto_map)
+            for name, path in files_of_a_model(self.path).items():
+                if name in code or not (name.endswith(".py") or OF_A_TOKENIZER.fullmatch(name)):
+                    found[name] = path
         return found
 
     @cached_property

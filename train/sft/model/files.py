@@ -10,12 +10,15 @@ from typing import Any
 from sft.messages import note, read_json
 
 ADAPTER_FILE = "adapter_model.safetensors"
-# A model's files beside its weights and config.json. Python files are where an auto_map reaches them.
+# A tokenizer's files, and all of a model's beside weights and config.json. Python files are where an auto_map reaches
+# them.
+NEITHER = r"(?!\.|.*\.(py|env|key|log|gz|tgz|zip|tar|bak)$)"
+OF_A_TOKENIZER = re.compile(
+    rf"{NEITHER}((special_tokens_map|added_tokens)\.json|additional_chat_templates/.*\.jinja"
+    r"|(tokenizer|vocab|merges|chat_template).*\.(json|jsonl|txt|jinja)|.*\.(tiktoken|model|vocab))"
+)
 OF_A_MODEL = re.compile(
-    r"(?!\.|.*\.(py|env|key|log|gz|tgz|zip|tar|bak)$)("
-    r"(generation|preprocessor|processor)_config\.json|(special_tokens_map|added_tokens)\.json"
-    r"|(tokenizer|vocab|merges|chat_template).*\.(json|jsonl|txt|jinja)|.*\.(tiktoken|model|vocab)"
-    r"|additional_chat_templates/.*\.jinja"
+    rf"{OF_A_TOKENIZER.pattern}|{NEITHER}((generation|preprocessor|processor)_config\.json"
     r"|(?i:(.*[-_ ])?(licen[cs]e|notice)s?([-_. ].*)?))"
 )
 # What is not named where it is not copied: weights, and what training and merging write.
@@ -58,6 +61,12 @@ def files_of_a_model(directory: Path, quiet: bool = False) -> dict[str, Path]:
         shown = ", ".join(left[:20] + ["…"] * (len(left) > 20))
         note(f"not copied from {directory}: {shown} (not files of a model)")
     return kept
+
+
+def is_adapter(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter, and not a model."""
+    path = Path(directory)
+    return (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors"))
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

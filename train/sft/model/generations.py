@@ -1,4 +1,4 @@
-"""Whose code computes a model: transformers' class, or the one that its directory brings.
+"""Whose code computes a model: transformers' class, or the one that its directory brings; which files of it run.
 
 Hunyuan-Large and the first A13B are published with code of transformers 4.41 beside them. Where transformers' own
 hunyuan_v1 classes compute the same model they are taken (`--model_code auto`): their grouped experts are several times
@@ -6,10 +6,12 @@ faster. Refuses `--model_code native` for a model that these classes do not comp
 """
 
 import copy
+import hashlib
 from pathlib import Path
 from typing import Any
 
-from sft.messages import Refused
+from sft.messages import Refused, note, read_json
+from sft.model.files import code_files
 
 LEGACY = "hunyuan"  # model_type of Hunyuan-Large and the first A13B
 ROTARY_OF_OUR_CLASSES = "dynamic"  # with alpha
@@ -71,6 +73,28 @@ def same_in_all_layers(config: dict[str, Any], name: str) -> Any:
     if isinstance(values, list) and values and all(value == values[0] for value in values):
         return values[0]
     return values
+
+
+def code_that_runs(directory: Any, tokenizer: bool = True) -> list[Path]:
+    """The Python files of a ModelDirectory that run where its model is loaded, and its tokenizer."""
+    keys = ["AutoConfig", "AutoModelForCausalLM"] if directory.runs_own_code else []
+    if directory.may_run_code and not directory.brings_old_code:
+        keys = ["AutoConfig", *keys]  # also where transformers knows the model
+    maps: list[tuple[Path, Any]] = [(directory.path, {key: directory.auto_map.get(key) for key in keys})]
+    if tokenizer and directory.tokenizer_trusted:
+        place = directory.tokenizer_path
+        for file, key in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
+            auto_map = (read_json(place / file) if (place / file).is_file() else {}).get("auto_map") or {}
+            maps.append((place, auto_map if isinstance(auto_map, list) else {key: auto_map.get(key)}))
+    files = dict.fromkeys(place / file for place, auto_map in maps for file in code_files(place, auto_map))
+    return [file for file in files if file.is_file()]
+
+
+def report_code(directory: Any, tokenizer: bool = True) -> None:
+    """Print which Python files of a ModelDirectory run, each with the first digits of its sha256."""
+    for file in code_that_runs(directory, tokenizer):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        note(f"code that runs = {file} (sha256 {digest[:16]}; --trust_remote_code)")
 
 
 def native_class(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ rows would run together.
 
 import importlib.util
 import inspect
+import os
 import re
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from transformers import (
 )
 
 from sft.arguments import ModelArguments, TrainingArguments
-from sft.messages import Refused, choice, note
+from sft.messages import Refused, choice, in_one_line, note
 from sft.model.adapter_base import record_base
 from sft.model.directory import ModelDirectory
+from sft.model.files import is_adapter
 from sft.model.moe import moe_layers, route_in_fp32
-from sft.model.pretrained import first_line, load_pretrained
+from sft.model.pretrained import load_pretrained
 from sft.model.weight_files import is_transformers_own
 
 ROWS_RUN_TOGETHER = (
@@ -34,17 +36,42 @@ ROWS_RUN_TOGETHER = (
 # ---------------------------------------------------------------------------------------------- directories, tokenizer
 
 
+# What is fetched of a hub id, as fnmatch takes it; and not from folders, but for additional_chat_templates.
+FETCHED = ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.py", "*.tiktoken", "*.model", "*.vocab"]
+FETCHED += ["*LICEN[CS]E*", "*icen[cs]e*", "*NOTICE*", "*otice*"]
+NOT_FETCHED = ["[!a]*/*", "a[!d]*/*"]
+
+
 def fetch(args: ModelArguments) -> None:
     """Bring the files of a hub id here and go on with their directory, as what is saved is laid out like them."""
     for flag in ("model_name_or_path", "tokenizer_name_or_path"):
         path = getattr(args, flag)
         if path is None or looks_local(path):
             continue
-        try:
-            setattr(args, flag, snapshot_download(path, cache_dir=args.cache_dir))
-        except (OSError, ValueError) as error:
-            raise Refused(f"--{flag} {path}: no such directory, and not fetched: {first_line(error)}") from error
-        args.hub_ids[getattr(args, flag)] = path
+        weights = ["*.safetensors", "pytorch_model*.bin"] if flag.startswith("model") else [None]
+        for kind in weights:  # the second one only where the first is not there
+            directory = fetch_files(flag, path, [*FETCHED, *filter(None, [kind])], args.cache_dir)
+            if any(Path(directory).glob("*.safetensors")):
+                break
+        if is_adapter(directory):
+            raise Refused(
+                f"--{flag} {path}: is an adapter: fetch it (hf download {path} --local-dir DIR) and give DIR"
+            )
+        setattr(args, flag, directory)
+        args.hub_ids[directory] = path
+
+
+def fetch_files(flag: str, path: str, patterns: list[str], cache_dir: str | None) -> str:
+    """The directory of the cache with a hub id's files; refuses what is not there, or cannot be reached."""
+    try:
+        return snapshot_download(path, cache_dir=cache_dir, allow_patterns=patterns, ignore_patterns=NOT_FETCHED)
+    except (OSError, ValueError) as error:
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        raise Refused(
+            f"--{flag} {path}: no such directory (looked in {Path.cwd()}), and not fetched from {hub}: "
+            f"{in_one_line(error)[:200]}. Set HF_ENDPOINT to a mirror that this machine reaches, or fetch it first "
+            f"(modelscope download --model {path} --local_dir DIR) and give DIR"
+        ) from error
 
 
 def open_directory(args: ModelArguments, packing: str = "none") -> ModelDirectory:
@@ -72,7 +99,7 @@ def open_directory(args: ModelArguments, packing: str = "none") -> ModelDirector
     if packing != "none" and directory.runs_own_code:
         raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
     if tokenizer and not Path(tokenizer).is_dir():
-        raise Refused(f"--tokenizer_name_or_path {tokenizer}: no such directory")
+        raise Refused(f"--tokenizer_name_or_path {tokenizer}: no such directory (looked in {Path.cwd()})")
     return directory
 
 
@@ -102,7 +129,7 @@ def load_model(
     are partitioned as they are made, because transformers knows the DeepSpeed file from `training`.
 
     Args:
-        checkpoint: of an adapter that is trained on.
+        checkpoint: of an adapter that is trained on; else the adapter that `args` names is, if any.
     """
     attention = "flash_attention_2" if args.use_flash_attn else None
     if args.use_flash_attn:
@@ -119,12 +146,17 @@ def load_model(
         route_in_fp32(model)
     elif args.router_aux_loss_coef:
         note("--router_aux_loss_coef has no effect: the model has no routers")
+    if args.router_aux_loss_coef and model.config.model_type in ("hy_v3", "hy_v4"):
+        note(
+            "warning: --router_aux_loss_coef: Tencent trains Hy3 and Hy4 without a balancing loss; a correction bias "
+            "balances their experts. Leave it out unless that is meant"
+        )
     why = "the model's default" if model._supports_sdpa else "this class has no other"
     choice("attention", model.config._attn_implementation, "--use_flash_attn" if attention else why)
     if args.use_lora:
         from sft.model.lora import add_adapter
 
-        model = add_adapter(model, args, checkpoint)
+        model = add_adapter(model, args, checkpoint or args.adapter)
         directory.added["base.json"] = record_base(model, directory)
         if args.train_attention_params_only:
             note("--train_attention_params_only has no effect: with --use_lora only the adapter is trained")

@@ -4,18 +4,18 @@ PEFT left to itself does not do that. On hunyuan_v1_moe it takes `gate_proj`, `u
 experts, however they are written, and a name that matches only some of what it says is accepted without a word. So
 targets are found here, module by module, and handed over in the form that lands on them.
 
-Refused: a name that no module has, experts with dropout or DoRA, which PEFT cannot do on fused weights.
+Refused: a name that no module has, or one that gets no adapter; a tied head, because the embedding is the same weight
+and nothing could be merged; experts with dropout or DoRA, which PEFT cannot do on fused weights.
 """
 
 from collections import Counter
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from sft.messages import Refused, choice
-from sft.model.files import ADAPTER_FILE
+from sft.arguments import ModelArguments
+from sft.messages import Refused, choice, first_few
 from sft.model.pretrained import load_adapter
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -61,10 +61,20 @@ def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> tuple[set[
             found, experts = {n for n, kind in kinds.items() if kind == "routed experts"}, fused
         else:
             free = (n for n, kind in kinds.items() if kind not in ("routed experts", "router", "indexer"))
-            found = {n for n in free if n == target or n.endswith(f".{target}")}
+            found = {n for n in free if is_named(n, target)}
         if not found and not (target == "experts" and fused):
             there = sorted({n.rpartition(".")[2] for n, kind in kinds.items() if kind not in ("router", "indexer")})
-            raise Refused(f"--lora_target_modules {target}: no such module; there are {', '.join(there)}")
+            others = {
+                kinds.get(n, type(module).__name__) for n, module in model.named_modules() if is_named(n, target)
+            }
+            only = f"adapters are put on linear layers that are trained, not on a {first_few(sorted(others))}"
+            why = only if others else "no such module"
+            raise Refused(f"--lora_target_modules {target}: {why}; there are {', '.join(there)}")
+        if "head" in map(kinds.get, found) and is_tied(model):
+            raise Refused(
+                f"--lora_target_modules {target}: the head is the embedding's own weight (tie_word_embeddings): an "
+                "adapter on it could not be merged. Leave it out"
+            )
         names |= found
     counts = Counter(kinds[name] for name in names)
     if experts:
@@ -73,22 +83,28 @@ def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> tuple[set[
     return names, experts
 
 
+def is_named(name: str, target: str) -> bool:
+    """Whether a module has this name, or ends in it."""
+    return f".{name}".endswith(f".{target}")
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def in_short(names: set[str], all_names: set[str]) -> list[str]:
     """The names' last parts where these stand for no other module, else the names."""
     short = {name.rpartition(".")[2] for name in names}
     return sorted(short if {n for n in all_names if n.rpartition(".")[2] in short} == names else names)
 
 
-def add_adapter(model: PreTrainedModel, args, checkpoint: Path | None) -> PreTrainedModel:
-    """Freeze the model and put an adapter on it, or take up the one in `checkpoint`."""
+def add_adapter(model: PreTrainedModel, args: ModelArguments, adapter: Path | None) -> PreTrainedModel:
+    """Freeze the model and put an adapter on it, or take up the one in the directory `adapter`."""
     from peft import LoraConfig, get_peft_model
 
-    if checkpoint is not None:
-        try:
-            return load_adapter(model, checkpoint, is_trainable=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
-            why = " ".join(str(error).split())[:300]
-            raise Refused(f"--resume_from_checkpoint {checkpoint}: {ADAPTER_FILE} does not load: {why}") from error
+    if adapter is not None:
+        return take_up(model, args, adapter)
     names, experts = find_targets(model, args.lora_target_modules)
     # a weight by its own name is left alone
     rewritten = {n for n in names if model.config.model_type == "hunyuan_v1_moe" and n.rpartition(".")[2] in REWRITTEN}
@@ -108,3 +124,19 @@ def add_adapter(model: PreTrainedModel, args, checkpoint: Path | None) -> PreTra
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def take_up(model: PreTrainedModel, args: ModelArguments, adapter: Path) -> PreTrainedModel:
+    """The model with an adapter to train on. Refuses --lora_target_modules that mean others than it has."""
+    asked = (
+        find_targets(model, args.lora_target_modules) if args.adapter and "lora_target_modules" in args.given else None
+    )
+    model = load_adapter(model, adapter, is_trainable=True)
+    adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    names = {name for name in adapted if not f"{name}.".endswith((".experts.", ".experts.base_layer."))}
+    if asked and asked != (names, names != adapted):
+        raise Refused(
+            f"--lora_target_modules {' '.join(args.lora_target_modules or [])}: not what the adapter {adapter} is on: "
+            "leave the flag out"
+        )
+    return model

@@ -8,6 +8,7 @@ import copy
 import math
 import os
 import re
+import shlex
 from collections import Counter, namedtuple
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,10 +21,8 @@ from sft.messages import Refused, first_few, read_json
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors headers spell them
-CONVERT = (
-    "Convert pytorch_model.bin with AutoModelForCausalLM.from_pretrained(BASE, dtype='auto').save_pretrained(NEW) and "
-    "copy the tokenizer there"
-)
+BIN_INDEX = "pytorch_model.bin.index.json"
+CONVERT = f"cd {shlex.quote(str(Path(__file__).parents[2]))} && python -m sft.model.to_safetensors"
 
 Stored = namedtuple("Stored", "file shape dtype nbytes")  # a tensor, as its file's header describes it
 
@@ -43,7 +42,10 @@ def read_headers(directory: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     names_of: dict[str, set[str]] = {"model.safetensors": set()}
     if not (directory / "model.safetensors").is_file():  # loaders, too, look for it first
         if not (directory / INDEX).is_file():
-            raise Refused(f"{directory}: holds no model.safetensors and no {INDEX}. {CONVERT}")
+            old = any(directory.glob("pytorch_model*.bin"))
+            path = shlex.quote(str(directory.resolve()))
+            advice = f". Convert its pytorch_model*.bin: {CONVERT} {path} NEW_DIR" if old else ""
+            raise Refused(f"{directory}: holds no model.safetensors and no {INDEX}{advice}")
         index, names_of = read_json(directory / INDEX), {}
         for name, file in index.get("weight_map", {}).items():
             names_of.setdefault(file, set()).add(name)

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def read_entry(entry: str, name: str, env: dict[str, str]) -> Node:
     """One `host:slots` of the list, 0 slots where it does not say; an IPv6 address is in brackets."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?::([1-9][0-9]*))?", entry)
     if match is None:
-        raise Refused(f"{name}: {entry!r}: each entry is host:slots, e.g. 10.0.0.2:8; the ssh port goes into SSH_PORT")
+        rule = "each entry is host:slots, e.g. 10.0.0.2:8; the ssh port goes into SSH_PORT"
+        raise Refused(f"{name}: {entry!r}: {what_is_odd(entry) or rule}")
     slots = int(match[2] or 0)
     if slots > 1024 or match[2] and match[2] == env.get("SSH_PORT"):
         raise Refused(f"{name}: {entry}: {slots} slots? That looks like a port: the ssh port goes into SSH_PORT")
@@ -86,8 +88,19 @@ def number_from(env: dict[str, str], name: str, highest: int = 1 << 20, lowest: 
     if not env.get(name):
         return None
     if not re.fullmatch(r"[0-9]{1,7}", env[name]) or not lowest <= int(env[name]) <= highest:
-        raise Refused(f"{name}={env[name]}: must be a number from {lowest} to {highest}")
+        rule = f"must be a number from {lowest} to {highest}"
+        raise Refused(f"{name}={env[name]}: {what_is_odd(env[name]) or rule}")
     return int(env[name])
+
+
+def what_is_odd(value: str) -> str:
+    """What a value looks wrong by, with what to do; nothing where that is not known."""
+    plain = unicodedata.normalize("NFKC", value)
+    if plain != value:
+        return f"has full-width characters; write {plain}"
+    if re.search(r"\$\{?\w|\{\w+\}|<\w+>", value):
+        return "a variable in it was not replaced; write its value"
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------------------- ssh
@@ -226,6 +239,9 @@ def why_no_answer(node: Node) -> str:
     fix = f"try: {by_hand(node.host)} true"
     if node.process.poll() == -signal.SIGKILL:
         return f"no answer within {LONGEST_SECONDS} s; {fix}"
+    if re.search("refused|timed out|closed by|banner", said):
+        port = os.environ.get("SSH_PORT") or "22, or what ssh's configuration says"
+        fix = f"is sshd there on port {port}? SSH_PORT sets another; {fix}"
     if UNKNOWN in said:
         fix = f"ssh does not know this host, or its key has changed; run once: {by_hand(node.host)} true"
     if "Permission denied (" in said:

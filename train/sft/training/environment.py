@@ -22,24 +22,25 @@ import torch
 import transformers
 from torch.distributed.distributed_c10d import _get_default_store
 
-from sft.messages import Refused, choice, read_json
+from sft.messages import Refused, choice, note
 from sft.processes import free_port
 from sft.stopping import EXIT_STOPPED, end_children
 
-TRAIN = Path(__file__).resolve().parents[2]
-
 
 def prepare(values: dict[str, Any]) -> None:
-    """Prepare what Hugging Face's arguments need when they are built: the DeepSpeed configuration instead of its name,
-    the rendezvous variables, `use_cpu` where there is no GPU, and on CPUs the process group."""
-    if values["deepspeed"] is not None:
-        values["deepspeed"] = read_deepspeed_file(values["deepspeed"])
+    """Prepare what Hugging Face's arguments need when they are built: the rendezvous variables, `use_cpu` where there
+    is no GPU, and on CPUs the process group. No variable of accelerate's wins over the flags."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        if os.environ.pop(name).lower() not in ("", "0", "no", "false"):
+            note(f"{name} has no effect: the flags decide")
     set_rendezvous_variables(bool(values["deepspeed"]))
     complete_variables()
     choose_device(values)
     if values["deepspeed"]:
         build_one_at_a_time()
     if values["use_cpu"]:
+        if values["fp16"]:
+            note("--fp16: a CPU computes in fp32; what is saved is fp16")
         init_gloo(values["ddp_timeout"], values["ddp_backend"] or "gloo")
 
 
@@ -68,25 +69,6 @@ def choose_device(values: dict[str, Any]) -> None:
         )
     values["use_cpu"] = True
     choice("device", "cpu", "no NVIDIA device" + (" visible: CUDA_VISIBLE_DEVICES is empty" if hidden else ""))
-
-
-def read_deepspeed_file(name: str | dict) -> dict | None:
-    """The DeepSpeed configuration, from a path or the name of a file in this folder, or as a checkpoint has it. `none`
-    is no DeepSpeed."""
-    if isinstance(name, dict):
-        return name
-    if name.lower() == "none":
-        return None
-    path = next((p for p in (Path(name), TRAIN / name) if p.is_file()), None)
-    if path is None:
-        offered = ", ".join(sorted(p.name for p in TRAIN.glob("ds_*.json")))
-        raise Refused(f"--deepspeed {name}: no such file, here or in {TRAIN} (which has {offered})")
-    config = read_json(path)
-    scale = config.get("fp16", {}).get("min_loss_scale", 1) if isinstance(config.get("fp16", {}), dict) else None
-    if not isinstance(scale, int) or not isinstance(config.get("zero_optimization", {}), dict):
-        what = "fp16.min_loss_scale must be an integer, e.g. 1" if not isinstance(scale, int) else "zero_optimization"
-        raise Refused(f"--deepspeed {path}: {what}: today's DeepSpeed does not take it as it stands")
-    return config
 
 
 def build_one_at_a_time() -> None:

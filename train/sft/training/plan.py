@@ -10,15 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft import arguments
+from sft import checks
 from sft.arguments import DataArguments, ModelArguments, TrainingArguments, defaults
 from sft.messages import MASK, Refused, choice, note
-from sft.parser import NO_EFFECT, parse_flags
+from sft.parser import IGNORED, NO_EFFECT, parse_flags
 from sft.training import environment, fields
 from sft.training.choose import choose_checkpoint
+from sft.training.deepspeed_file import check_deepspeed, read_deepspeed_file
+from sft.training.from_adapter import split_adapter
+from sft.training.rates import set_lowest_rate
 from sft.training.record import new_record, read_record
 from sft.training.reshard import steps_for_ranks
 from sft.training.resume import read_trainer_state
+from sft.training.try_out import try_out
 
 # What checkpoints of earlier releases, and of other programs, do not say.
 MUST_BE_KNOWN = ("max_seq_length", "packing", "train_on", "overlong")
@@ -29,35 +33,42 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     """The arguments of a run, from its command line and, where it goes on, from the checkpoint. The process group has
     started. All ranks must call.
 
-    Refuses what parser.py, arguments.py, environment.py and choose.py refuse, and flags that differ from the
-    checkpoint's run.
+    Refuses what parser.py, checks.py, deepspeed_file.py, try_out.py and choose.py refuse, and flags that differ from
+    the checkpoint's run.
     """
     given = parse_flags(argv)
-    for name in NO_EFFECT.keys() & given.keys():
-        note(f"--{name}: no effect: {NO_EFFECT[name]}")
-        del given[name]
+    for name, why in (NO_EFFECT | IGNORED).items():
+        if name in given:
+            note(f"--{name}: no effect: {why}")
+            del given[name]
+    if "deepspeed" in given:
+        given["deepspeed"] = read_deepspeed_file(given["deepspeed"])
     environment.set_rendezvous_variables(deepspeed=False)
     checkpoint, earlier = choose_checkpoint(given), {}
     given.pop("resume_from_checkpoint", None)
-    values, steps = defaults() | given, None
+    adapter, own = split_adapter(given)
+    values, steps = defaults() | own | given, None
     if checkpoint:
-        given["resume_from_checkpoint"] = str(checkpoint)
+        given["resume_from_checkpoint"], adapter = str(checkpoint), None
         read_trainer_state(checkpoint)
         earlier = read_record(checkpoint)
         with refusing():
             values = go_on_with(earlier, given)
         steps = steps_for_ranks(earlier, values, environment.number_of_processes())
     chosen = values | ({"gradient_accumulation_steps": steps} if steps else {})
-    arguments.check_values(chosen)
-    arguments.choose_evaluation(chosen)
-    arguments.use_todays_names(chosen)
+    checks.check_values(chosen)
+    checks.choose_evaluation(chosen)
+    checks.use_todays_names(chosen)
     with refusing():
-        arguments.set_lowest_rate(chosen)
+        set_lowest_rate(chosen)
         environment.prepare(chosen)
-        export_keys(chosen["deepspeed"] or {})
-        model, data, training = arguments.build(chosen)
+        if chosen["deepspeed"]:
+            check_deepspeed(chosen["deepspeed"], given, chosen["use_lora"])
+            export_keys(chosen["deepspeed"])
+        model, data, training = checks.build(chosen)
         environment.use_built_arguments(training)
-    model.given = frozenset(given)
+    try_out(training)
+    model.given, model.adapter = frozenset(given), adapter
     training.record = earlier | new_record(values, training)
     if steps:  # the run's stay: it may go on with other numbers again
         training.record["processes"] = earlier["processes"]
@@ -133,8 +144,7 @@ def refuse_another_run(checkpoint: Path, plan: dict[str, Any], given: dict[str, 
     asked = {name: value for name, value in given.items() if name not in own}
     fixed = set(fields.FIXED)
     if "deepspeed" in asked:
-        config = environment.read_deepspeed_file(asked.pop("deepspeed"))
-        now, then = zero_of(config, plan), zero_of(known.get("deepspeed"), plan)
+        now, then = zero_of(asked.pop("deepspeed"), plan), zero_of(known.get("deepspeed"), plan)
         for part in {"deepspeed"} if now["deepspeed"] != then["deepspeed"] else sorted(now.keys() | then.keys()):
             asked[part], known[part] = now.get(part, "off"), then.get(part, "off")
         fixed |= {f"deepspeed {part}" for part in fields.DEEPSPEED_FIXED}

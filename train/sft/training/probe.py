@@ -7,6 +7,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from sft.messages import Refused
+from sft.model.load import without_adapter
+from sft.model.weight_files import is_transformers_own
 
 
 class Probe(TrainerCallback):
@@ -50,7 +52,7 @@ class Probe(TrainerCallback):
             attention_mask=self.mask.to(device),
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
-            use_cache=True,
+            use_cache=is_transformers_own(without_adapter(model)),  # else the cache is of a class that is gone
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.pad,
         )[:, self.prompts.shape[1] :]

@@ -17,7 +17,7 @@ from sft.data.examples import Examples
 from sft.data.tokenized import tokenizer_digest
 from sft.messages import Refused, masked, note, read_json
 from sft.model.directory import ModelDirectory
-from sft.training.environment import read_deepspeed_file
+from sft.training.deepspeed_file import read_deepspeed_file
 from sft.training.fields import BY_CONTENT, NO_EFFECT_ON_RUN
 from sft.training.manifest import RUN
 

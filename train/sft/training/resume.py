@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from sft.arguments import DataArguments, ModelArguments
 from sft.data.tokenized import tokenizer_digest
 from sft.messages import Refused, choice, note, read_json
-from sft.model.adapter_base import base_digest, check_base
+from sft.model.adapter_base import base_digest, check_base, use_code
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE, write_json
+from sft.model.generations import report_code
 from sft.model.load import fetch, open_directory
 from sft.model.pretrained import load_tokenizer
 from sft.model.weight_files import INDEX, open_tensors
@@ -52,12 +53,14 @@ def find_start(args: ModelArguments, data: DataArguments, training: TrainingArgu
     checkpoint = find_checkpoint(args, training)
     fetch(args)  # the base that a resumed adapter names
     directory = open_directory(args, data.packing)
-    if checkpoint and args.use_lora:
-        directory.adapter_code = check_base(checkpoint, directory, args.any_base)
-        if args.model_code == "auto":
-            directory.model_code = directory.adapter_code
+    if args.adapter:
+        choice("adapter", args.adapter, f"of the base {named}; the training begins at step 0 from it")
+    adapter = checkpoint if args.use_lora and checkpoint else args.adapter
+    if adapter:
+        use_code(directory, check_base(adapter, directory, args.any_base))
     elif args.any_base:
-        note("--any_base has no effect: no adapter is resumed")
+        note("--any_base has no effect: no adapter is loaded")
+    report_code(directory)
     tokenizer = load_tokenizer(directory.tokenizer_path, directory.tokenizer_trusted)
     if checkpoint and "tokenizer_name_or_path" in args.given and "tokenizer" not in training.record:
         training.record["tokenizer"] = tokenizer_digest(load_tokenizer(checkpoint, directory.tokenizer_trusted))

@@ -3,7 +3,6 @@ lengths, the watches on routers and on what is not finite, an `eval_loss` over a
 saved directories."""
 
 import contextlib
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import transformers
 from torch.utils.data import SequentialSampler
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sft.arguments import KNOW_A_LOWEST_RATE
 from sft.data.batches import Filled, GroupedByLength
 from sft.data.examples import IGNORE_INDEX
 from sft.messages import Refused, choice
@@ -28,6 +26,7 @@ from sft.training.finite import FiniteWatch
 from sft.training.manifest import RUN, RestOfSave, remove
 from sft.training.output_dir import check_still_ours
 from sft.training.progress import Meter
+from sft.training.rates import keep_above_lowest, report_warmup
 from sft.training.reshard import OtherRanks
 from sft.training.save import (
     gathered_state,
@@ -37,17 +36,6 @@ from sft.training.save import (
     write_deepspeed_latest,
     write_on_this_rank,
 )
-
-
-def with_min_lr(factor: Callable[[int], float], warmup_steps: int, low: float) -> Callable[[int], float]:
-    """The scheduler's `factor` of the learning rate, squeezed into low … 1 after the warmup."""
-
-    def squeezed(step: int) -> float:
-        if step < warmup_steps:
-            return factor(step)
-        return low + (1 - low) * factor(step)
-
-    return squeezed
 
 
 class Trainer(OtherRanks):
@@ -176,10 +164,8 @@ class Trainer(OtherRanks):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """The scheduler, with `--min_lr` as its lowest learning rate."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self.args.min_lr and self.args.lr_scheduler_type not in KNOW_A_LOWEST_RATE:
-            low = self.args.min_lr / self.args.learning_rate
-            warmup_steps = self.args.get_warmup_steps(num_training_steps)
-            scheduler.lr_lambdas = [with_min_lr(factor, warmup_steps, low) for factor in scheduler.lr_lambdas]
+        keep_above_lowest(scheduler, self.args, num_training_steps)
+        report_warmup(self.args, num_training_steps)
         return scheduler
 
     def gather_unlogged(self) -> None:
