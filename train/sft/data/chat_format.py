@@ -170,14 +170,14 @@ class ChatFormat(ChatTemplate):
                 raise BadRow(f"the template runs {where} and the assistant's turn before it together: join them")
             raise BadRow(f"the template changes what stands before {where} once its answer is there")
         said = text[len(begin) :]
-        if said == opening.nothing and ((turn.thinking or "") + turn.answer or chat.messages[i].get("tool_calls")):
-            return prompt, ""
         if chat.wraps and turn.thinking is not None:
             body = said.removesuffix(ending.text)
             if body == said:
                 raise BadRow(f"the template has no place for the thinking of {where}")
             block, answer = in_tags(turn.thinking, body)
             said = f"{block}{answer}{ending.text}"
+        elif said == opening.nothing and ((turn.thinking or "") + turn.answer or chat.messages[i].get("tool_calls")):
+            return prompt, ""
         handed_over = prompt[len(begin) :]  # by inference, and not in the rendered turn: in most templates nothing
         if said.startswith(handed_over):
             return prompt, said.removeprefix(handed_over)
