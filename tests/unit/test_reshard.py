@@ -60,7 +60,11 @@ def test_what_is_given_otherwise_is_used(name, capsys):
     ],
 )
 def test_the_end_of_an_epoch_is_said_where_it_differs(rows, before, now, says, capsys):
-    report_epoch_end(before, SimpleNamespace(per_device_train_batch_size=2, world_size=now), rows)
+    args = SimpleNamespace(per_device_train_batch_size=2, world_size=now, label_smoothing_factor=0.0)
+    report_epoch_end(before, args, rows)
+    assert not capsys.readouterr().out, "each row once, whatever the number"
+    args.label_smoothing_factor = 0.1
+    report_epoch_end(before, args, rows)
     text = capsys.readouterr().out
     assert (says in text) if says else not text
 

@@ -178,7 +178,7 @@ def test_what_is_read_as_a_conversation(row, conversation):
         (said(USER, ANSWER, reasoning_effort=1), '"reasoning_effort" is not a text'),
         (said(USER, ANSWER, chat_template_kwargs="x"), '"chat_template_kwargs" is not an object'),
         (
-            said(USER, ANSWER, chat_template_kwargs={"tools": []}),
+            said(USER, ANSWER, chat_template_kwargs={"tools": [TOOL]}),
             '"chat_template_kwargs" is not an object of variables',
         ),
         (

@@ -7,6 +7,7 @@ many steps as there are pairs of them, whatever the number of rows.
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,10 @@ def load_data(args: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
     return Data(examples, bins, evaluation, figures | {"num_bins": len(bins), "bin_fill": bins.fill})
 
 
+FILLING = 2  # tokens of a sequence that fills a batch up
+NO_ROW = -1  # and its number
+
+
 @dataclass
 class Filled(torch.utils.data.Dataset):
     """Examples, filled up to a multiple of `multiple` by sequences without a supervised token.
@@ -75,11 +80,31 @@ class Filled(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return math.ceil(len(self.examples) / self.multiple) * self.multiple
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, i: int) -> Any:
         if i < len(self.examples):
             return self.examples[i]
-        ids = self.examples[0]["input_ids"][:2]
-        return {"input_ids": ids, "labels": np.full_like(ids, IGNORE_INDEX)}
+        first = self.examples[0]
+        ids = (first[0] if isinstance(first, list) else first)["input_ids"][:FILLING]
+        filling = {"input_ids": ids, "labels": np.full_like(ids, IGNORE_INDEX), "number": NO_ROW}
+        return [filling] if isinstance(first, list) else filling
+
+
+class FilledAtTheEnd(torch.utils.data.Sampler):
+    """What a sampler of the examples gives, and behind it what Filled has added."""
+
+    def __init__(self, sampler: torch.utils.data.Sampler, filled: Filled):
+        self.sampler, self.filled = sampler, filled
+
+    def __len__(self) -> int:
+        return len(self.filled)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.sampler
+        yield from range(len(self.filled.examples), len(self.filled))
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
 
 
 @dataclass
@@ -119,7 +144,7 @@ class Collator:
             targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
             batch["logits_to_keep"] = targets != IGNORE_INDEX
             batch["labels"] = batch["shift_labels"] = targets[batch["logits_to_keep"]]
-        return batch | {"numbers": [s["number"] for s in sequences if "number" in s]}
+        return batch | {"numbers": [s.get("number", NO_ROW) for s in sequences]}
 
 
 def plan_bins(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -61,8 +61,10 @@ class Meter(TrainerCallback):
         self.seconds = 0.0  # of all steps but the first
         self.seconds_to_first_step: float | None = None
 
-    def count(self, batches: list[dict[str, torch.Tensor]]) -> None:
-        """Add one optimizer step's batches. `attention_mask` is absent where there is no padding."""
+    def count(self, batches: list[dict[str, torch.Tensor]], filling: int = 0) -> None:
+        """Add one optimizer step's batches, of whose tokens `filling` are no row's. `attention_mask` is absent where
+        there is no padding."""
+        self.counts[0] -= filling
         for batch in batches:
             ids, mask = batch["input_ids"], batch.get("attention_mask")
             positions = ids.new_tensor(ids.numel())

@@ -72,10 +72,11 @@ def steps_for_ranks(record: dict[str, Any], values: dict[str, Any], world_size: 
 
 
 def report_epoch_end(before: int, args: transformers.TrainingArguments, num_examples: int) -> None:
-    """Say where an epoch's last step has other rows than with `before` processes."""
+    """Say where an epoch's last step has other rows than with `before` processes: with label smoothing, whose mean a
+    batch without a supervised token has not (Trainer.get_train_dataloader)."""
     batch, numbers = args.per_device_train_batch_size, (args.world_size, before)
     now, then = (math.ceil(num_examples / batch / n) * batch * n if n > 1 else num_examples for n in numbers)
-    if now != then:
+    if now != then and args.label_smoothing_factor:
         why = "several processes fill their last batches up with the first rows"
         note(f"not exact: of {num_examples} rows an epoch takes {now} (the run: {then}): {why}")
 

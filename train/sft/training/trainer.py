@@ -11,7 +11,7 @@ import transformers
 from torch.utils.data import SequentialSampler
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sft.data.batches import Filled, GroupedByLength
+from sft.data.batches import FILLING, NO_ROW, Filled, FilledAtTheEnd, GroupedByLength
 from sft.data.examples import IGNORE_INDEX
 from sft.messages import Refused, choice
 from sft.model.directory import ModelDirectory
@@ -91,8 +91,9 @@ class Trainer(OtherRanks):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one step, whose tokens are counted."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.finite.begin_step([batch.pop("numbers") for batch in batches])
-        self.meter.count(batches)
+        numbers = [batch.pop("numbers") for batch in batches]
+        self.finite.begin_step([[number for number in part if number != NO_ROW] for part in numbers])
+        self.meter.count(batches, filling=FILLING * sum(part.count(NO_ROW) for part in numbers))
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -127,6 +128,21 @@ class Trainer(OtherRanks):
             total = self._total_loss_scalar - self._tr_loss.item() + self.unlogged
             logs["train_loss"] = total / self.state.global_step
         super().log(logs, start_time)
+
+    def get_train_dataloader(self):
+        """The Trainer's. Where an epoch's rows do not go into the ranks' batches, the last ones are filled up with
+        sequences that have no supervised token; accelerate would take the first rows twice."""
+        rows, args = self.train_dataset, self.args
+        filled = Filled(rows, self._train_batch_size * args.world_size)
+        split = args.dataloader_drop_last or args.accelerator_config.split_batches
+        if args.world_size == 1 or len(filled) == len(rows) or split or args.label_smoothing_factor:
+            return super().get_train_dataloader()
+        loader = self._get_dataloader(
+            filled, "Training", self._train_batch_size, lambda _: self._get_train_sampler(rows), is_training=True
+        )
+        batches = loader.batch_sampler.batch_sampler  # of all ranks
+        batches.sampler = FilledAtTheEnd(batches.sampler, filled)
+        return loader
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
