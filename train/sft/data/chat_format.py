@@ -94,7 +94,7 @@ class ChatFormat(ChatTemplate):
             places.append(i)
             past.append(earlier or message)
             messages.append(earlier if wraps and earlier else message)
-        return Row(messages, past, places, turns, wraps, json.dumps(switches, sort_keys=True), has_tools)
+        return Row(messages, past, places, turns, wraps, json.dumps(switches), has_tools)
 
     def is_misplaced(self, turn: Turn) -> bool:
         """Whether a turn has thinking, and where the template does not read it."""
@@ -170,14 +170,14 @@ class ChatFormat(ChatTemplate):
                 raise BadRow(f"the template runs {where} and the assistant's turn before it together: join them")
             raise BadRow(f"the template changes what stands before {where} once its answer is there")
         said = text[len(begin) :]
-        if said == opening.nothing and ((turn.thinking or "") + turn.answer or chat.messages[i].get("tool_calls")):
-            return prompt, ""
         if chat.wraps and turn.thinking is not None:
             body = said.removesuffix(ending.text)
             if body == said:
                 raise BadRow(f"the template has no place for the thinking of {where}")
             block, answer = in_tags(turn.thinking, body)
             said = f"{block}{answer}{ending.text}"
+        elif said == opening.nothing and ((turn.thinking or "") + turn.answer or chat.messages[i].get("tool_calls")):
+            return prompt, ""
         handed_over = prompt[len(begin) :]  # by inference, and not in the rendered turn: in most templates nothing
         if said.startswith(handed_over):
             return prompt, said.removeprefix(handed_over)

@@ -157,7 +157,7 @@ class ChatTemplate:
         tools = TOOLS if has_tools else None
         prompt = self.try_render([QUESTION], tools, add_generation_prompt=True)
         turn = self.try_render([QUESTION, ANSWER], tools)
-        return not turn[common_prefix(prompt, turn) :].startswith(ANSWER["content"])
+        return turn[common_prefix(prompt, turn) :].find(ANSWER["content"]) > 0
 
     def renderer(self, row: dict, messages: list[dict], past: list[dict]) -> Render:
         """A function that renders the row's first `number` messages as they are once later ones are there. With `turn`
@@ -172,8 +172,8 @@ class ChatTemplate:
         if self.own_rendering:
             render = functools.partial(self.tokenizer.apply_chat_template, tools=tools, tokenize=False, **options)
         else:
-            variables = {"tools": tools, "documents": None, "add_generation_prompt": False}
-            variables = self.special_tokens_map | options | variables
+            variables = self.special_tokens_map | {"documents": None} | options
+            variables |= {"tools": tools, "add_generation_prompt": False}
             if self.prints_time:
                 variables["strftime_now"] = lambda form: time_of(row).strftime(form)
             template = _compile_jinja_template(self.tokenizer.get_chat_template(None, tools))

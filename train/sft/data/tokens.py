@@ -45,7 +45,7 @@ class TextEncoder:
 
     def tokens_before(self, text: str, ids: np.ndarray, places: list[int]) -> list[int]:
         """For each place (in characters) the number of tokens that lie wholly before it."""
-        if b"".join(map(self.token_bytes.__getitem__, ids.tolist())) == text.encode():
+        if b"".join(self.token_bytes[ids].tolist()) == text.encode():
             ends = self.token_lengths[ids].cumsum()
             cuts = [len(text[:place].encode()) for place in places]
             return ends.searchsorted(cuts, side="right").tolist()
@@ -57,8 +57,8 @@ class TextEncoder:
         ]
 
     @functools.cached_property
-    def token_bytes(self) -> list[bytes]:
-        """What each token of a byte-level vocabulary stands for."""
+    def token_bytes(self) -> np.ndarray:
+        """What each token of a byte-level vocabulary stands for, as bytes (vocabulary,)."""
         # the characters that byte-level BPE writes bytes as: those that can be printed, and others from 256 on
         printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
         byte_of = {chr(b): b for b in printed}
@@ -69,7 +69,7 @@ class TextEncoder:
             if isinstance(token, str) and i not in added and byte_of.keys() >= set(token):
                 token = bytes(byte_of[character] for character in token)
             pieces.append(token.encode() if isinstance(token, str) else token or b"")
-        return pieces
+        return np.array(pieces, object)
 
     @functools.cached_property
     def token_lengths(self) -> np.ndarray:
