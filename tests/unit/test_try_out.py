@@ -59,6 +59,16 @@ def test_what_works_passes(flags):
     parse_arguments([*BASE, *flags])
 
 
+@pytest.mark.parametrize("what", ["even_batches", "split_batches", "dispatch_batches"])
+def test_batches_that_would_hang_several_ranks(what, monkeypatch):
+    """T9."""
+    value = str(what != "even_batches").lower()
+    args = parse_arguments([*BASE, "--accelerator_config", f'{{"{what}": {value}}}'])[2]
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(Refused, match=f"--accelerator_config: .*{what}"):
+        try_out.try_devices(args)
+
+
 def test_a_hub_that_is_not_reached(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda *_, **__: 1 / 0)
