@@ -114,6 +114,7 @@ def test_bf16_needs_no_use_cpu_on_a_cpu():
         ([*BASE, "--save_steps", "-5"], "--save_steps -5.0: must be above 0"),
         ([*BASE, "--learning_rate", "inf"], "--learning_rate inf: must be at least 0"),
         ([*BASE, "--seed", "4294967296"], "--seed 4294967296: must be below 2^32"),
+        ([*BASE, "--lr_scheduler_type", "greedy"], "--lr_scheduler_type: there are no rows to evaluate on"),
         ([*BASE, "--do_eval"], "--do_eval: there are no rows to evaluate on"),
         ([*BASE, "--eval_on_start"], "--eval_on_start: there are no rows to evaluate on"),
         (

@@ -73,6 +73,19 @@ def test_no_scheduler_goes_below_the_lowest_rate(kind, make_trainer):
     assert ours[WARMUP:] == pytest.approx(expected[WARMUP:])
 
 
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_follows_the_loss_stays_between(kind, make_trainer, example_rows):
+    """T5: however long the loss falls, and then rises."""
+    flags = ["--lr_scheduler_type", kind, "--lr_scheduler_kwargs", '{"patience":0,"factor":0.5}', "--min_lr", LOWEST]
+    trainer = make_trainer(*flags, "--learning_rate", RATE, "--eval_data_file", example_rows, "--max_steps", STEPS)
+    trainer.create_optimizer()
+    scheduler, seen = trainer.create_scheduler(STEPS), []
+    for metric in (*range(STEPS, 0, -1), *range(STEPS)):
+        scheduler.step(metric)
+        seen.append(trainer.optimizer.param_groups[0]["lr"])
+    assert max(seen) == RATE and seen[-1] == min(seen) == LOWEST
+
+
 def test_without_a_lowest_rate_it_is_transformers_own(make_trainer):
     trainer = make_trainer("--learning_rate", RATE, "--lr_scheduler_type", "linear", "--max_steps", STEPS)
     trainer.create_optimizer()

@@ -59,6 +59,16 @@ def test_what_works_passes(flags):
     parse_arguments([*BASE, *flags])
 
 
+@pytest.mark.parametrize("what", ["even_batches", "split_batches", "dispatch_batches"])
+def test_batches_that_would_hang_several_ranks(what, monkeypatch):
+    """T9."""
+    value = str(what != "even_batches").lower()
+    args = parse_arguments([*BASE, "--accelerator_config", f'{{"{what}": {value}}}'])[2]
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(Refused, match=f"--accelerator_config: .*{what}"):
+        try_out.try_devices(args)
+
+
 def test_a_hub_that_is_not_reached(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda *_, **__: 1 / 0)
@@ -118,6 +128,9 @@ def checked(tmp_path, monkeypatch, capsys):
         ({"offload_optimizer": {"device": "gpu"}}, "offload_optimizer.device: expected 'none', 'cpu' or 'nvme'"),
         ({"offload_optimizer": {"devise": "cpu"}}, "offload_optimizer.devise: unknown key: did you mean device?"),
         ({"top": {"gradient_cliping": 1}}, "gradient_cliping: unknown key: did you mean gradient_clipping?"),
+        ({"leaf_module": {"clases": []}}, "leaf_module.clases: unknown key: did you mean classes?"),
+        ({"compile": {}}, "zero_optimization.compile: unknown key"),
+        ({"top": {"compile": {"foo": 1}}}, "CompileConfig.foo: unknown key"),
         ({"top": {"fp16": []}}, "fp16: expected an object, found []"),
         ({"top": {"zero_optimization": None}}, "zero_optimization is missing"),
         ({"top": {"bf16": {"foo": 1}}}, "bf16.foo: unknown key"),
@@ -153,7 +166,8 @@ def test_published_files_work_as_they_stand(checked):
     assert config["fp16"]["min_loss_scale"] == 1 and zero["stage3_max_reuse_distance"] == 10**9
     assert zero[deepspeed_file.GATHER] is True and zero["offload_optimizer"] == {"device": "cpu"}
     assert len(said.splitlines()) == 4, said
-    config, said = checked(stage=3, use_lora=True)
+    config, said = checked(stage=3, use_lora=True, offload_optimizer=None)
+    assert "offload_optimizer" not in config["zero_optimization"]
     assert deepspeed_file.GATHER not in config["zero_optimization"] and not said
     ours = deepspeed_file.read_deepspeed_file("ds_zero3_offload.json")
     assert deepspeed_file.read_deepspeed_file("/x/ds_zero3_offload_no_auto.json") == ours

@@ -83,6 +83,7 @@ def choose_evaluation(values: dict[str, Any]) -> None:
     saving = str(values["save_strategy"])
     rows = values["eval_data_file"] or values["eval_split"] is not None
     needing = {"eval_strategy": values["eval_strategy"] not in (None, "no"), "save_strategy": saving == "best"}
+    needing["lr_scheduler_type"] = values["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy")
     named = ("early_stopping_patience", "load_best_model_at_end", "eval_on_start", "do_eval")
     needing |= {name: bool(values[name]) for name in named}
     if not rows and (name := next((name for name, needs in needing.items() if needs), None)):

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from sft.messages import Refused, choice, read_json
 from sft.training.fields import names
 
@@ -95,7 +97,9 @@ def nearest(key: str, known: Any) -> str:
 
 def put_right(config: dict[str, Any]) -> None:
     """Let values of published files mean what they did, and say so."""
-    fp16, zero = config.get("fp16", {}), config.get("zero_optimization", {})
+    fp16, zero = config.get("fp16", {}), config["zero_optimization"]
+    for key in [key for key, value in zero.items() if value is None]:
+        del zero[key]
     scale, distance = fp16.get("min_loss_scale"), "stage3_max_reuse_distance"
     if isinstance(scale, float) and 0 < scale < 1:
         fp16["min_loss_scale"] = 1
@@ -119,11 +123,10 @@ def check_deepspeed(config: dict[str, Any], given: dict[str, Any], use_lora: boo
                 f"--deepspeed: its section `{section}` and {' '.join(both)}: one would be ignored. Leave out the "
                 f"section, or the {'flags' if len(both) > 1 else 'flag'}"
             )
-    zero = config.get("zero_optimization", {})
+    zero = config["zero_optimization"]
     if zero.get("stage") == 3 and not use_lora and zero.get(GATHER) is not True:
         zero[GATHER] = True
         choice(f"zero_optimization.{GATHER}", True, "the final directory would have no weights")
-    import torch
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig, DeepSpeedConfigError
 
@@ -153,8 +156,8 @@ def faults(error: Any) -> Iterator[str]:
         where = ".".join(map(str, (section, *fault["loc"])))
         model: Any = models.get(section)
         for part in path:
-            annotation = model.model_fields[part].annotation if model else None
-            model = next((m for m in (annotation, *get_args(annotation)) if hasattr(m, "model_fields")), None)
+            kind = model.model_fields[part].annotation if part in getattr(model, "model_fields", ()) else None
+            model = next((m for m in (kind, *get_args(kind)) if hasattr(m, "model_fields")), None)
         if fault["type"] == "extra_forbidden":
             known = [name for n, field in model.model_fields.items() for name in (field.alias or n,)] if model else []
             yield f"{where}: unknown key{nearest(str(key), known)}"

@@ -28,7 +28,7 @@ DECIDES = names("""
     weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor neftune_noise_alpha
     tf32 torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config use_cache
     full_determinism seed data_seed ignore_data_skip dataloader_drop_last dataloader_in_order
-    remove_unused_columns label_names train_sampling_strategy group_by_length length_column_name
+    train_sampling_strategy group_by_length
 """)
 DECIDES += FIXED
 FIXED_BY_DEEPSPEED = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")  # the optimiser takes its state's
@@ -81,6 +81,7 @@ MAY_CHANGE = names("""
 
 # Said by each start anew.
 NO_EFFECT_ON_RUN = names("""
+    remove_unused_columns label_names length_column_name
     output_dir overwrite_output_dir resume_from_checkpoint auto_resume resume_anyway verify_checkpoints any_base
     cache_dir preprocessing_num_workers ddp_timeout local_rank hub_token do_train do_eval do_predict
 """)

@@ -114,7 +114,7 @@ def try_optimizer(args: TrainingArguments) -> Optimizer:
     with refusing(flags, "pip install torch_" + name.split("_")[2] if re.search("xla|npu", name) else ""):
         build, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, toy)
         for key in (pair.partition("=")[0].strip() for pair in pairs):
-            if not reads(args, key, kwargs):
+            if not reads(args, key, kwargs, toy):
                 raise Refused(f"--optim_args {key}: has no effect with --optim {name}")
         groups: Any = [{"params": [*toy.parameters()], "weight_decay": args.weight_decay}]
         for instead in ("params", "model", "optimizer_dict"):
@@ -127,7 +127,7 @@ def try_optimizer(args: TrainingArguments) -> Optimizer:
     return optimizer
 
 
-def reads(args: TrainingArguments, key: str, kwargs: dict[str, Any]) -> bool:
+def reads(args: TrainingArguments, key: str, kwargs: dict[str, Any], toy: torch.nn.Module) -> bool:
     """Whether the optimiser's arguments have this key of `--optim_args`, or depend on it."""
     if any(key in found for found in (kwargs, *kwargs.get("params", ()))):
         return True
@@ -136,7 +136,7 @@ def reads(args: TrainingArguments, key: str, kwargs: dict[str, Any]) -> bool:
         changed = copy.copy(args)
         changed.optim_args = f"{key}={value}"
         try:
-            found.add(repr(transformers.Trainer.get_optimizer_cls_and_kwargs(changed, None)[1]))
+            found.add(repr(transformers.Trainer.get_optimizer_cls_and_kwargs(changed, toy)[1]))
         except Exception:  # it has looked at the value
             return True
     return len(found) > 1
