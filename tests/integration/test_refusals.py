@@ -38,9 +38,25 @@ def good(model, rows, out):
         (lambda a, d: [*a, "--deepspeed", d / "ds.json"], "{d}/ds.json: not a readable json object"),
         (lambda a, d: [*a, "--learning_rate", "abc"], "invalid float value: 'abc'"),
         (lambda a, d: [*a, "--output_dir", d / "run"], "--output_dir {d}/run: holds another run"),
+        (
+            lambda a, d: [*a, "--use_lora", "--lora_target_modules", "lm_head"],
+            "lm_head: the head is the embedding's own",
+        ),
         (lambda a, d: [*a, "--use_flash_attn", "--use_cpu"], "--use_flash_attn: FlashAttention needs an NVIDIA GPU"),
     ],
-    ids=["path", "no-config", "no-data", "empty-data", "bad-row", "flag", "ds-file", "number", "other-run", "flash"],
+    ids=[
+        "path",
+        "no-config",
+        "no-data",
+        "empty-data",
+        "bad-row",
+        "flag",
+        "ds-file",
+        "number",
+        "other-run",
+        "tied-head",
+        "flash",
+    ],
 )
 def test_refused_before_a_model_is_loaded(
     spoil, says, model_dir, example_tokenizer_dir, example_rows, run_train, run_here, tmp_path

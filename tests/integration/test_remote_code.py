@@ -161,6 +161,27 @@ def test_transformers_own_type_with_code_beside_it(
     assert json.loads((out / "config.json").read_text()) == config
 
 
+def test_without_consent_no_code_runs_and_none_is_needed(
+    model_dir, example_tokenizer_dir, example_rows, run_train, run_here, losses, tmp_path
+):
+    """The first A13B: transformers' class computes it. Its files end whatever imports them."""
+    directory = shutil.copytree(model_dir("remote", example_tokenizer_dir), tmp_path / "model")
+    for file in directory.glob("*.py"):
+        file.write_text("raise SystemExit(99)")
+    args = ["--train_data_file", example_rows, "--max_steps", 2, "--logging_steps", 1, "--save_strategy", "no"]
+    no = ["--trust_remote_code", "false"]
+    run = run_train([*args, "--model_name_or_path", directory, "--output_dir", tmp_path / "out", *no])
+    assert run.returncode == 0 and "code that runs" not in run.stdout, run.stderr[-3000:]
+    same = ["--model_name_or_path", model_dir("remote", example_tokenizer_dir), "--output_dir", tmp_path / "same"]
+    assert run_train([*args, *same]).returncode == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "same")
+    for script, more in (("chat.py", ["--prompt", "1"]), ("show_rows.py", ["--file", example_rows])):
+        model = [directory] if script == "chat.py" else ["--model", directory]
+        assert run_here(script, [*model, *more, *no]).returncode == 0
+        # the configuration's class, for which the tokenizer's loader asks
+        assert run_here(script, [*model, *more]).returncode == 99
+
+
 def test_an_adapter_on_a_directorys_own_code(model_dir, example_tokenizer_dir, example_rows, run_train, tmp_path):
     directory, probe = model_dir("remote_cla", example_tokenizer_dir), tmp_path / "probe.jsonl"
     probe.write_text(example_rows.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")

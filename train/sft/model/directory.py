@@ -9,7 +9,7 @@ misshapen: they would be trained from random values, or lost when saving.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class ModelDirectory:
         self.tokenizer_path: Any = Path(tokenizer) if tokenizer is not None else self.path
         self.trusted, self.tokenizer_trusted, self.model_code = trusted, tokenizer_trusted, model_code
         self.name, self.hub_id = name or str(path), hub_id
+        self.examine: Callable[[Any], object] = lambda model: None  # called with the model before its weights are read
         self.added: dict[str, bytes] = {}  # files that saved directories get, beside the directory's own
 
     def check(self) -> None:
@@ -162,6 +163,7 @@ class ModelDirectory:
         if not self.has_safetensors:
             return
         model = build_on_meta(cls, config)
+        self.examine(model)
         files = names_in_model(model, self.tensors)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         ignored = re.compile("|".join([*HARMLESS, *(model._keys_to_ignore_on_load_unexpected or ())]))

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -141,6 +142,10 @@ def load_model(
         model = build_model(args, tokenizer, **options)
     else:
         note_ignored_architecture(args)
+        if args.use_lora and args.lora_target_modules and not args.adapter:
+            from sft.model.lora import find_targets
+
+            directory.examine = partial(find_targets, wanted=args.lora_target_modules, quiet=True)
         model = load_pretrained(directory, **options)
     if moe_layers(model):
         route_in_fp32(model)

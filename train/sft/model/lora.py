@@ -41,8 +41,8 @@ def kind_of(name: str) -> str:
     return "head"
 
 
-def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> tuple[set[str], bool]:
-    """(names of the linear modules to adapt, whether the fused experts are adapted).
+def find_targets(model: PreTrainedModel, wanted: list[str] | None, quiet: bool = False) -> tuple[set[str], bool]:
+    """(names of the linear modules to adapt, whether the fused experts are adapted). Prints them, unless `quiet`.
 
     Args:
         wanted: names, `all-linear`, `shared_mlp`, `experts`; None: the attention's projections.
@@ -70,7 +70,7 @@ def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> tuple[set[
             only = f"adapters are put on linear layers that are trained, not on a {first_few(sorted(others))}"
             why = only if others else "no such module"
             raise Refused(f"--lora_target_modules {target}: {why}; there are {', '.join(there)}")
-        if "head" in map(kinds.get, found) and is_tied(model):
+        if "lm_head" in found and "lm_head.weight" in model.all_tied_weights_keys:
             raise Refused(
                 f"--lora_target_modules {target}: the head is the embedding's own weight (tie_word_embeddings): an "
                 "adapter on it could not be merged. Leave it out"
@@ -79,18 +79,14 @@ def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> tuple[set[
     counts = Counter(kinds[name] for name in names)
     if experts:
         counts["layers of fused experts"] = sum(name.endswith(FUSED[0]) for name, _ in model.named_parameters())
-    choice("LoRA", ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())), " ".join(wanted))
+    if not quiet:
+        choice("LoRA", ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())), " ".join(wanted))
     return names, experts
 
 
 def is_named(name: str, target: str) -> bool:
     """Whether a module has this name, or ends in it."""
     return f".{name}".endswith(f".{target}")
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def in_short(names: set[str], all_names: set[str]) -> list[str]:

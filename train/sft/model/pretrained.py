@@ -67,8 +67,6 @@ def load_adapter(model: PreTrainedModel, adapter: Path, is_trainable: bool = Fal
     begin them afresh, with a warning at most."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    stored = set(open_tensors(adapter / ADAPTER_FILE).keys())
-    stored = {name for name in stored if not name.endswith(".base_layer.weight")}  # an adapted head's
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")
@@ -76,7 +74,9 @@ def load_adapter(model: PreTrainedModel, adapter: Path, is_trainable: bool = Fal
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise Refused(f"{adapter}: the adapter does not load: {in_one_line(error)}") from error
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    for names, why in ((wanted - stored, "are missing"), (stored - wanted, "have no place in the model")):
+    stored = set(open_tensors(adapter / ADAPTER_FILE).keys())
+    unplaced = stored - wanted - adapted.state_dict().keys()  # weights of the base, like its head, may be there too
+    for names, why in ((wanted - stored, "are missing"), (unplaced, "have no place in the model")):
         if names:
             raise Refused(f"{adapter}: {len(names)} tensors of {ADAPTER_FILE} {why}: {first_few(sorted(names))}")
     return adapted
