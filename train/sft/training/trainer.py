@@ -132,14 +132,12 @@ class Trainer(OtherRanks):
     def get_train_dataloader(self):
         """The Trainer's. Where an epoch's rows do not go into the ranks' batches, the last ones are filled up with
         sequences that have no supervised token; accelerate would take the first rows twice."""
-        rows, args = self.train_dataset, self.args
-        filled = Filled(rows, self._train_batch_size * args.world_size)
-        split = args.dataloader_drop_last or args.accelerator_config.split_batches
-        if args.world_size == 1 or len(filled) == len(rows) or split or args.label_smoothing_factor:
+        rows, args, size = self.train_dataset, self.args, self._train_batch_size
+        filled = Filled(rows, size * args.world_size)
+        fits = args.world_size == 1 or len(filled) == len(rows)
+        if fits or args.dataloader_drop_last or args.label_smoothing_factor:
             return super().get_train_dataloader()
-        loader = self._get_dataloader(
-            filled, "Training", self._train_batch_size, lambda _: self._get_train_sampler(rows), is_training=True
-        )
+        loader = self._get_dataloader(filled, "", size, lambda _: self._get_train_sampler(rows), is_training=True)
         batches = loader.batch_sampler.batch_sampler  # of all ranks
         batches.sampler = FilledAtTheEnd(batches.sampler, filled)
         return loader
