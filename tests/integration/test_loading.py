@@ -131,3 +131,13 @@ def test_a_model_without_a_tokenizer(model_dir, example_tokenizer_dir, example_r
     (tmp_path / "tokenizer_config.json").write_text("{}")
     run = run_here("train.py", train)
     assert run.returncode == 2 and "does not load" in run.stderr and "(1) a `tokenizers` library" in run.stderr
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(
+    make_model_dir, example_tokenizer_dir, example_rows, run_here, tmp_path
+):
+    """R21."""
+    model = make_model_dir("dense", example_tokenizer_dir, tmp_path / "small", vocab_size=200)
+    args = ["--model_name_or_path", model, "--train_data_file", example_rows, "--output_dir", tmp_path / "out"]
+    run = run_here("train.py", args)
+    assert run.returncode == 2 and " tokens, and the embedding of " in run.stderr and " 200 rows" in run.stderr

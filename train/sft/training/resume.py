@@ -62,6 +62,10 @@ def find_start(args: ModelArguments, data: DataArguments, training: TrainingArgu
         note("--any_base has no effect: no adapter is loaded")
     report_code(directory)
     tokenizer = load_tokenizer(directory.tokenizer_path, directory.tokenizer_trusted)
+    rows = directory.config.get("vocab_size", len(tokenizer))
+    if len(tokenizer) > rows:
+        why = f"has {len(tokenizer)} tokens, and the embedding of {directory.name} {rows} rows: another model's?"
+        raise Refused(f"{directory.tokenizer_path}: the tokenizer {why} --tokenizer_name_or_path names the right one")
     if checkpoint and "tokenizer_name_or_path" in args.given and "tokenizer" not in training.record:
         training.record["tokenizer"] = tokenizer_digest(load_tokenizer(checkpoint, directory.tokenizer_trusted))
     record_start(training, directory, tokenizer)
