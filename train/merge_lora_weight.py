@@ -40,7 +40,7 @@ from sft.merging import (
     plan_updates,
     write_weights,
 )
-from sft.messages import OUTPUT_ROOT, Parser, Refused, choice, first_few, newest, read_json, run_script
+from sft.messages import OUTPUT_ROOT, Parser, Refused, choice, first_few, in_units, newest, read_json, run_script
 from sft.model.adapter_base import check_base, use_code
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = plan_files(base, args.save_dtype, args.max_shard_size)
     free = free_space(output)
     if free < plan.total_size:
-        needed = f"needs {plan.total_size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        needed = f"needs {in_units(plan.total_size)}, {in_units(free)} are free"
         raise Refused(f"--output_path {output}: {needed}; make room")
 
     # 4. Write all of it, or nothing.
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
             move_earlier_merge(output)
     except (OSError, SafetensorError) as error:  # a full disk among them
         raise Refused(f"--output_path {output}: could not be written, nothing is left there: {error}") from None
-    print(f"merged {len(updates)} of {len(base.tensors)} tensors into {output} ({plan.total_size / 1e9:.3f} GB)")
+    print(f"merged {len(updates)} of {len(base.tensors)} tensors into {output} ({in_units(plan.total_size)})")
 
     # 5. What it computes.
     if args.verify == "logits":

@@ -84,8 +84,6 @@ class ChatFormat(ChatTemplate):
                         raise BadRow(f"the row says no_think, but {where} carries thinking: one of them is wrong")
                     counts["no_think_with_thinking"] += asked_not_to_think
                 counts["without_thinking"] += self.thinks and not no_think and turn.thinking is None
-                if message.get("content") is None and self.needs_text:
-                    message = message | {"content": ""}
                 if turn.thinking is not None and (wraps or history == "answers"):
                     earlier = as_templates_read(without_thinking(message, turn))
                 if self.is_misplaced(turn):

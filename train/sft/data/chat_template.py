@@ -66,7 +66,6 @@ class ChatTemplate:
     Attributes:
         reads_thinking: it renders a message's `reasoning_content`; otherwise thinking goes into the content.
         thinks: the models of this template think.
-        needs_text: it fails on tool calls without content; they get an empty one.
         own_rendering: the tokenizer's code has an apply_chat_template of its own, which is then used.
     """
 
@@ -85,7 +84,6 @@ class ChatTemplate:
             for switch in ({}, {"reasoning_effort": "high"}, {"enable_thinking": True})
         )
         self.thinks = self.reads_thinking or "think" in code
-        self.needs_text = not self.try_render([QUESTION, CALL | {"content": None}], TOOLS)
 
     def try_render(
         self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False, **switches

@@ -73,10 +73,7 @@ def is_empty_block(text: str) -> bool:
 
 
 def as_templates_read(message: dict) -> dict:
-    """What apply_chat_template does first: nulls go, for templates test whether a key is there; thinking is under each
-    of the names that templates know."""
-    if None in message.values():
-        message = {name: value for name, value in message.items() if value is not None}
+    """What apply_chat_template does first: thinking is under each of the names that templates know."""
     own_field = next((message[name] for name in THINKING if name in message), None)
     if own_field is None:
         return message
