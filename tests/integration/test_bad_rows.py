@@ -75,7 +75,7 @@ def refused(run, says):
     assert says in message, message
     assert run.stderr.count("refused:") == 1
     output = run.stdout + run.stderr
-    assert "Traceback" not in output and "dtype of the weights" not in output
+    assert "Traceback" not in output and "attention = " not in output
     assert SECRET not in output and "own text" not in output
 
 

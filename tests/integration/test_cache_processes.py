@@ -61,10 +61,10 @@ from sft.data import examples
 from transformers import AutoTokenizer
 tokenized.CHUNK, slow = 1000, examples.parse_row
 parsed = []
-def parse_row(line):
+def parse_row(line, *more):
     parsed.append(line)
     time.sleep({pause})
-    return slow(line)
+    return slow(line, *more)
 examples.parse_row = parse_row
 print("started", flush=True)
 tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})

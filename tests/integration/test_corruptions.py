@@ -77,7 +77,7 @@ MODEL = {
         f"1 weights are unexpected: {EXPERT.replace('layers', 'layer')}",
     ),
     "expert reshaped": (tensors(WEIGHTS, lambda s: s.update({EXPERT: s[EXPERT][:-1].clone()})), f"{EXPERT} [63"),
-    "tokenizer deleted": (no_tokenizer, "the tokenizer in"),
+    "tokenizer deleted": (no_tokenizer, "holds no tokenizer"),
     "tokenizer cut": (cut("tokenizer.json"), "the tokenizer in"),
     "template deleted": (delete("chat_template.jinja"), "has no chat template"),
 }
@@ -100,7 +100,7 @@ CHECKPOINT = {
     "weights deleted": (delete(WEIGHTS), "holds no weights"),
     "weights cut": (cut(WEIGHTS), f"{WEIGHTS}: not a whole safetensors file"),
     "tensor deleted": (tensors(WEIGHTS, lambda s: s.pop(NORM)), f"1 weights are missing: {NORM}"),
-    "tokenizer deleted": (no_tokenizer, "the tokenizer in"),
+    "tokenizer deleted": (no_tokenizer, "holds no tokenizer"),
 }
 LORA_CHECKPOINT = {
     "adapter_config deleted": (delete("adapter_config.json"), "config.json"),

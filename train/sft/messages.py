@@ -142,7 +142,7 @@ def run_script(
     code = 0
     guard(sys.stderr)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     try:
         main()
     except Refused as refusal:
