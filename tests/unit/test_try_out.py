@@ -128,7 +128,7 @@ def checked(tmp_path, monkeypatch, capsys):
         ({"offload_optimizer": {"device": "gpu"}}, "offload_optimizer.device: expected 'none', 'cpu' or 'nvme'"),
         ({"offload_optimizer": {"devise": "cpu"}}, "offload_optimizer.devise: unknown key: did you mean device?"),
         ({"top": {"gradient_cliping": 1}}, "gradient_cliping: unknown key: did you mean gradient_clipping?"),
-        ({"leaf_module": {"classses": []}}, "leaf_module.classses: unknown key: did you mean classes?"),
+        ({"leaf_module": {"clazzes": []}}, "leaf_module.clazzes: unknown key: did you mean classes?"),
         ({"compile": {}}, "zero_optimization.compile: unknown key"),
         ({"top": {"compile": {"foo": 1}}}, "CompileConfig.foo: unknown key"),
         ({"top": {"fp16": []}}, "fp16: expected an object, found []"),
