@@ -25,7 +25,7 @@ from jinja2 import TemplateError
 from sft.messages import OUTPUT_ROOT, Parser, Refused, in_one_line, newest, read_json, run_script
 from sft.model.adapter_base import check_base, use_code
 from sft.model.directory import ModelDirectory
-from sft.model.files import ADAPTER_FILE, is_adapter
+from sft.model.files import ADAPTER_FILE, is_adapter, tokenizer_beside
 from sft.model.generations import report_code
 from sft.model.weight_files import BIN_INDEX, INDEX
 
@@ -73,9 +73,8 @@ def load(model_dir: Path, adapter: Path | None, any_base: bool, trusted: bool) -
     )
 
     gpu = torch.cuda.is_available()
-    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
-        directory = ModelDirectory(model_dir, adapter if has_tokenizer else None, trusted, trusted)
+        directory = ModelDirectory(model_dir, adapter and tokenizer_beside(adapter), trusted, trusted)
         if adapter:
             use_code(directory, check_base(adapter, directory, any_base))
         report_code(directory)

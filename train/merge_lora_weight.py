@@ -43,7 +43,7 @@ from sft.merging import (
 from sft.messages import OUTPUT_ROOT, Parser, Refused, choice, first_few, in_units, newest, read_json, run_script
 from sft.model.adapter_base import check_base, use_code
 from sft.model.directory import ModelDirectory
-from sft.model.files import ADAPTER_FILE
+from sft.model.files import ADAPTER_FILE, tokenizer_beside
 from sft.model.generations import report_code
 from sft.model.weight_files import DTYPES, INDEX
 
@@ -151,8 +151,7 @@ def is_occupied(path: Path) -> bool:
 
 def open_base(path: Path, adapter: Path, trusted: bool) -> ModelDirectory:
     """The base, with the adapter's tokenizer if it has one; refuses a base that is not whole."""
-    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-    base = ModelDirectory(path, adapter if has_tokenizer else None, trusted)
+    base = ModelDirectory(path, tokenizer_beside(adapter), trusted)
     base.check()
     index, tensors = base.headers
     unlisted = sorted(tensors.keys() - index["weight_map"].keys()) if index else []

@@ -69,6 +69,11 @@ def is_adapter(directory: str | Path) -> bool:
     return (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors"))
 
 
+def tokenizer_beside(adapter: Path) -> Path | None:
+    """An adapter's directory, where it holds the tokenizer that the adapter was trained with; else None."""
+    return adapter if (adapter / "tokenizer_config.json").is_file() else None
+
+
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a json file. It is there whole or not at all: a run is known as finished by one."""
     temporary = file.with_name(f"{file.name}.tmp")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.messages import Refused, read_json
-from sft.model.files import is_adapter
+from sft.model.files import is_adapter, tokenizer_beside
 
 SETTINGS = {  # flag: key of adapter_config.json
     "lora_rank": "r",
@@ -38,8 +38,8 @@ def split_adapter(given: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
         )
     given["model_name_or_path"] = base
     means["lora_target_modules"] = targets(settings)  # given ones are compared where the model is
-    if (adapter / "tokenizer_config.json").is_file():
-        means["tokenizer_name_or_path"] = str(adapter)
+    if tokenizer := tokenizer_beside(adapter):
+        means["tokenizer_name_or_path"] = str(tokenizer)
     return adapter, means
 
 
