@@ -1,6 +1,7 @@
 """What one checkpoint takes, how many come, and what the system says in the exceptions of each library."""
 
 import errno
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -94,6 +95,22 @@ def test_what_the_system_said(tmp_path):
     assert error_number(chained) == errno.EROFS
     for other in (ValueError("no"), RuntimeError("CUDA out of memory"), torch.distributed.DistBackendError("NCCL")):
         assert error_number(other) is None
+
+
+def test_torch_save_wherever_the_disk_fills(tmp_path):
+    """In its header, between two records, and at the last flush, for which it has another text."""
+    limits, texts = resource.getrlimit(resource.RLIMIT_FSIZE), set()
+    try:
+        for size in range(0, 40_000, 200):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            try:
+                torch.save([torch.zeros(1000) for _ in range(9)], tmp_path / "file")
+            except RuntimeError as error:
+                texts.add(str(error).split(":")[0])
+                assert error_number(error) == TORCH_FAILED, error
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(texts) == 2
 
 
 def test_a_reporter_that_fails_is_left_out(capsys):

@@ -22,7 +22,7 @@ from sft.training.manifest import checkpoints_in, is_whole
 from sft.training.save import save_dtype
 
 # torch.save, also DeepSpeed's, does not say what the system said
-TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos|cannot be opened|Parent directory")
+TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|iostream error|cannot be opened|Parent directory")
 
 
 def checkpoint_bytes(model: PreTrainedModel, args: TrainingArguments) -> int:

@@ -208,6 +208,7 @@ def first_rank_refuses() -> bool:
 
 
 FAILED = "a rank has failed"  # a key of the process group's store
+LAST_SECONDS = 1.0  # twice what the others take to see it
 
 
 @contextlib.contextmanager
@@ -239,6 +240,7 @@ def failing_together(explain: Callable[[Exception], str | None]) -> Iterator[Non
             with contextlib.suppress(torch.distributed.DistError):
                 ranks = set(range(torch.distributed.get_world_size())) - {torch.distributed.get_rank()}
                 store.wait([f"rank {rank} ends" for rank in ranks], timedelta(seconds=20))
+                time.sleep(LAST_SECONDS)  # with the store, which this process may serve, its clients would end noisily
             if line:
                 sys.exit(1)
         elif line:
@@ -260,8 +262,9 @@ def end_with_the_others(store: torch.distributed.Store, done: threading.Event) -
 
 def end_for_another(store: torch.distributed.Store) -> NoReturn:
     """Tell the rank that has failed that this one ends, and end it, from any thread."""
-    store.set(f"rank {torch.distributed.get_rank()} ends", "")
-    time.sleep(0.2)  # the store may be this process's own, and has to answer
+    rank = torch.distributed.get_rank()
+    store.set(f"rank {rank} ends", "")
+    time.sleep(LAST_SECONDS if rank == 0 else 0.1)  # it serves the store: the others end first
     os._exit(1)
 
 
