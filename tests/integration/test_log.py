@@ -11,7 +11,7 @@ import warnings
 import pytest
 
 from conftest import TRAIN
-from runs import environment
+from runs import environment, run_script
 from sft import quiet
 
 
@@ -43,6 +43,31 @@ def test_a_zero3_run_is_a_page(command, tmp_path):
     assert re.match(r"train_loss \d\.\d+, 0:\d\d:\d\d, \d+ tokens/s, at most \d+ MB of memory$", lines[-4])
     assert lines[-3].startswith("to train it further: ") and lines[-3].endswith("--max_steps 40")
     assert lines[-2].startswith("to talk to it: python ") and lines[-1].startswith("done: ")
+
+
+ASKS = """
+import runpy, sys
+from sft.training import trainer
+class Asked(trainer.Trainer):
+    def train(self, **kwargs):
+        print("is_deepspeed_enabled:", self.is_deepspeed_enabled)
+        return super().train(**kwargs)
+trainer.Trainer = Asked
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.needs_gxx
+def test_deepspeed_is_on_after_all_that_was_tried(model_dir, example_tokenizer_dir, example_rows, tmp_path):
+    """Nothing that is tried before the model is loaded switches it off."""
+    script = tmp_path / "asks.py"
+    script.write_text(ASKS)
+    flags = ["--train_data_file", example_rows, "--max_steps", 1, "--deepspeed", "ds_zero2_no_offload.json"]
+    flags += ["--optim", "adamw_torch", "--optim_args", "eps=1e-7", "--lr_scheduler_type", "cosine"]
+    flags += ["--dataloader_num_workers", 1, "--gradient_checkpointing", "--report_to", "tensorboard"]
+    model = ["--model_name_or_path", model_dir("moe", example_tokenizer_dir), "--output_dir", tmp_path / "out"]
+    done = run_script(script, [TRAIN / "train.py", *model, *flags])
+    assert "is_deepspeed_enabled: True" in done.stdout and done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("flags", [[], ["--disable_tqdm", "true"]], ids=["bar", "no bar"])

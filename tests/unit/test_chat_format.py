@@ -175,10 +175,16 @@ def test_warnings_are_counted(format_tokenizer, shared):
         ("hy", {"messages": [user("q"), so, tool("r")], **TOOLS}, "text_left_out"),
         ("mt", {"messages": [user("q"), assistant("b")], **TOOLS}, "tools_left_out"),
         ("hy", {"messages": [user("q"), call("get_f"), tool("r")]}, "tools_left_out"),
+        ("mt", {"messages": [user("q"), assistant("b")], "enable_thinking": False}, "switches_left_out"),
+        ("dense", {"messages": [user("q"), assistant("b")], **HIGH}, "switches_left_out"),
+        ("hy3", {"messages": [user("q"), assistant("b")], "chat_template_kwargs": {"x": 1}}, "switches_left_out"),
     ):
         counts = encode(format_tokenizer(name), row)[1].counts
         assert counts[kind] == 1, (name, kind, counts)
     assert encode(format_tokenizer("mt"), {"messages": [user("q"), assistant("a")]})[1].counts["without_thinking"] == 0
+    for name, switch in (("dense", {"enable_thinking": True}), ("hy3", HIGH)):
+        counts = encode(format_tokenizer(name), {"messages": [user("q"), assistant("a")], **switch})[1].counts
+        assert counts["switches_left_out"] == 0, name
 
 
 def with_template(tokenizer, template):

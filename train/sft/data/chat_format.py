@@ -64,6 +64,7 @@ class ChatFormat(ChatTemplate):
         """
         switches, has_tools = switches_of(row), bool(row.get("tools"))
         no_think = switches.get("reasoning_effort") == "no_think" or switches.get("enable_thinking") is False
+        counts["switches_left_out"] += not all(map(self.reads, switches))
         wraps = not self.reads_thinking and self.speaks_first(has_tools)
         asked_not_to_think = False
         messages: list[dict] = []

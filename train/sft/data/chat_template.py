@@ -84,6 +84,11 @@ class ChatTemplate:
             for switch in ({}, {"reasoning_effort": "high"}, {"enable_thinking": True})
         )
         self.thinks = self.reads_thinking or "think" in code
+        self.code = None if self.own_rendering else code
+
+    def reads(self, switch: str) -> bool:
+        """Whether the template looks at a variable of this name; the tokenizer's own code may."""
+        return self.code is None or re.search(rf"\b{re.escape(switch)}\b", self.code) is not None
 
     def try_render(
         self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False, **switches

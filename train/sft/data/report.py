@@ -19,6 +19,8 @@ WARNINGS = {
     "enable_thinking false, no_think or a template that closes the block: set it in the row)",
     "thinking_left_out": "assistant turns whose thinking the template leaves out",
     "text_left_out": "messages whose text the template leaves out",
+    "switches_left_out": "rows have a reasoning_effort, an enable_thinking or another variable that the template does "
+    "not read",
     "without_end": "assistant turns that the template ends with no token of its own: the model does not learn to stop",
     "answer_cut": "rows lose an answer, or its end, at --max_seq_length",
     "tools_left_out": "times tools or tool calls are left out by the template (some render calls only beside tools)",

@@ -53,6 +53,8 @@ def find_start(args: ModelArguments, data: DataArguments, training: TrainingArgu
     checkpoint = find_checkpoint(args, training)
     fetch(args)  # the base that a resumed adapter names
     directory = open_directory(args, data.packing)
+    if training.use_liger_kernel:
+        check_liger(directory)
     if args.adapter:
         choice("adapter", args.adapter, f"of the base {named}; the training begins at step 0 from it")
     adapter = checkpoint if args.use_lora and checkpoint else args.adapter
@@ -76,6 +78,14 @@ def find_start(args: ModelArguments, data: DataArguments, training: TrainingArgu
         what = f"--model_name_or_path {named}: is not the base of the run"
         compare(training.record, "base", base_digest(base), what, training.resume_anyway)
     return Start(directory, tokenizer, checkpoint, find_best(checkpoint, training) if checkpoint else None)
+
+
+def check_liger(directory: ModelDirectory) -> None:
+    """Refuse a model that Liger's kernels would leave as it is, with no more than a warning."""
+    kind = directory.config.get("model_type", "hunyuan_v1_moe")  # one that is built from flags
+    if directory.runs_own_code or kind not in ("hunyuan_v1_dense", "hunyuan_v1_moe"):
+        what = "the code that its directory brings" if directory.runs_own_code else kind
+        raise Refused(f"--use_liger_kernel: liger-kernel has none for {what}. Leave it out")
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:

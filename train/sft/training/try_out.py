@@ -76,6 +76,13 @@ def try_devices(args: TrainingArguments) -> None:
     """Refuse what this device, or one process, cannot do."""
     if args.fsdp and (args.use_cpu or args.world_size == 1 or args.deepspeed):
         raise Refused("--fsdp: needs several processes with a GPU each, and no --deepspeed. Leave it out")
+    for on, what, needed in (
+        (args.fsdp, "fsdp_config", "fsdp"),
+        (args.use_liger_kernel, "liger_kernel_config", "use_liger_kernel"),
+        (args.gradient_checkpointing, "gradient_checkpointing_kwargs", "gradient_checkpointing"),
+    ):
+        if getattr(args, what, None) and not on:
+            raise Refused(f"--{what}: has no effect without --{needed}. Give both, or neither")
     if args.use_liger_kernel and args.use_cpu:
         raise Refused("--use_liger_kernel: its kernels need a GPU. Leave it out")
     config = args.accelerator_config
@@ -111,6 +118,8 @@ def try_optimizer(args: TrainingArguments) -> Optimizer:
     pairs = [pair.strip() for pair in (args.optim_args or "").split(",") if pair.strip()]
     if odd := [pair for pair in pairs if not re.fullmatch(r"\w+\s*=[^=]+", pair)]:
         raise Refused(f"{flags}: {odd[0]}: must be key=value,key=value")
+    if name.endswith("_layerwise"):
+        raise Refused(f"{flags}: steps in hooks, past clipping, schedule and checkpoints. Give {name[:-10]}")
     with refusing(flags, "pip install torch_" + name.split("_")[2] if re.search("xla|npu", name) else ""):
         build, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, toy)
         for key in (pair.partition("=")[0].strip() for pair in pairs):
