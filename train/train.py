@@ -29,10 +29,11 @@ from sft.data.batches import Collator, Data, load_data
 from sft.messages import guard, note, run_script
 from sft.model.load import accepts_loss_kwargs, check_own_class, load_model, takes_supervised_head
 from sft.quiet import leave_out_harmless_messages
+from sft.training.attention import keep_rows_apart
 from sft.training.disk import check_space, why_not_saved
 from sft.training.environment import exit_all_ranks, failing_together, first_rank_refuses
 from sft.training.go_on import GoOn
-from sft.training.loss import mean_loss
+from sft.training.loss import compute_in_chunks, mean_loss
 from sft.training.output_dir import begin_output_dir, check_output_dir, lock_output_dir
 from sft.training.plan import parse_arguments
 from sft.training.probe import Probe
@@ -104,6 +105,9 @@ def make_trainer(
         packing=data_args.packing,
         supervised_head=takes_supervised_head(model, training_args),
     )
+    if data_args.packing != "none":
+        keep_rows_apart(model, training_args)
+    head = compute_in_chunks(model, collator.supervised_head, training_args.fp16)
     callbacks = [probe] if probe else []
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
@@ -119,6 +123,7 @@ def make_trainer(
         callbacks=callbacks,
         compute_loss_func=loss_func,
         meter=Meter(),
+        head=head,
         companions=start.directory,
         router_aux_loss_coef=model_args.router_aux_loss_coef,
     )

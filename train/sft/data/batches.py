@@ -139,12 +139,21 @@ class Collator:
                 "input_ids": torch.cat(ids)[None],
                 "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],
                 "labels": torch.cat(labels)[None],
+                **row_boundaries([len(row) for row in ids]),
             }
         if self.supervised_head:
             targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
             batch["logits_to_keep"] = targets != IGNORE_INDEX
             batch["labels"] = batch["shift_labels"] = targets[batch["logits_to_keep"]]
         return batch | {"numbers": [s.get("number", NO_ROW) for s in sequences]}
+
+
+def row_boundaries(lengths: list[int]) -> dict[str, Any]:
+    """What attention needs to know of rows that lie end to end, under the names of transformers' variable-length
+    kernels, and `row_lengths` for ours; whole numbers, so that no layer has to wait for a device."""
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    found = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+    return found | {"row_lengths": lengths}
 
 
 def plan_bins(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

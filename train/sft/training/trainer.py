@@ -23,6 +23,7 @@ from sft.model.weight_files import is_transformers_own, names_in_model
 from sft.training.disk import Reporter, checkpoint_bytes, why_not_saved
 from sft.training.environment import failing_together
 from sft.training.finite import FiniteWatch
+from sft.training.loss import Head
 from sft.training.manifest import RUN, RestOfSave, remove
 from sft.training.output_dir import check_still_ours
 from sft.training.progress import Meter
@@ -48,7 +49,15 @@ class Trainer(OtherRanks):
         router_aux_loss_coef: see model/moe.py.
     """
 
-    def __init__(self, *args, meter: Meter, companions: ModelDirectory, router_aux_loss_coef: float = 0.0, **kwargs):
+    def __init__(
+        self,
+        *args,
+        meter: Meter,
+        companions: ModelDirectory,
+        head: Head | None = None,
+        router_aux_loss_coef: float = 0.0,
+        **kwargs,
+    ):
         training_args: transformers.TrainingArguments = kwargs["args"]
         if kwargs.get("eval_dataset") is not None:
             ranks_batch = training_args.world_size * training_args.eval_batch_size
@@ -63,7 +72,7 @@ class Trainer(OtherRanks):
         super().__init__(*args, **kwargs)
         handler = self.callback_handler
         handler.callbacks = [Reporter(c) if "integration" in type(c).__module__ else c for c in handler.callbacks]
-        self.meter = meter
+        self.meter, self.head = meter, head
         self.finite = FiniteWatch(self)
         self.rest_of_save = RestOfSave()
         self.companions = companions
@@ -99,6 +108,8 @@ class Trainer(OtherRanks):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss, with `--router_aux_loss_coef` the load-balancing loss included. That is divided by the number of
         micro-batches, because their gradients are summed (those of the ranks are averaged)."""
+        if self.head:
+            self.head.targets = inputs["shift_labels"]
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.routers.watch(inputs.get("attention_mask")) if self.routers else contextlib.nullcontext():
