@@ -107,7 +107,6 @@ def make_trainer(
     )
     if data_args.packing != "none":
         keep_rows_apart(model, training_args)
-    head = compute_in_chunks(model, collator.supervised_head, training_args.fp16)
     callbacks = [probe] if probe else []
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
@@ -123,10 +122,10 @@ def make_trainer(
         callbacks=callbacks,
         compute_loss_func=loss_func,
         meter=Meter(),
-        head=head,
         companions=start.directory,
         router_aux_loss_coef=model_args.router_aux_loss_coef,
     )
+    trainer.head = compute_in_chunks(model, collator.supervised_head, training_args.fp16)
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     go_on = GoOn(trainer, start.best)

@@ -49,15 +49,9 @@ class Trainer(OtherRanks):
         router_aux_loss_coef: see model/moe.py.
     """
 
-    def __init__(
-        self,
-        *args,
-        meter: Meter,
-        companions: ModelDirectory,
-        head: Head | None = None,
-        router_aux_loss_coef: float = 0.0,
-        **kwargs,
-    ):
+    head: Head | None = None  # see loss.py
+
+    def __init__(self, *args, meter: Meter, companions: ModelDirectory, router_aux_loss_coef: float = 0.0, **kwargs):
         training_args: transformers.TrainingArguments = kwargs["args"]
         if kwargs.get("eval_dataset") is not None:
             ranks_batch = training_args.world_size * training_args.eval_batch_size
@@ -72,7 +66,7 @@ class Trainer(OtherRanks):
         super().__init__(*args, **kwargs)
         handler = self.callback_handler
         handler.callbacks = [Reporter(c) if "integration" in type(c).__module__ else c for c in handler.callbacks]
-        self.meter, self.head = meter, head
+        self.meter = meter
         self.finite = FiniteWatch(self)
         self.rest_of_save = RestOfSave()
         self.companions = companions

@@ -1,0 +1,101 @@
+"""Packed rows attend row by row: the values and gradients are those of the mask of all tokens, which is not made."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from sft.data.batches import Collator
+from sft.training import attention
+from sft.training.attention import ROW_BY_ROW, keep_rows_apart
+
+ON_CPU = SimpleNamespace(device=torch.device("cpu"), bf16=False)
+
+
+def rows(*lengths):
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(10, 300, length) for length in lengths]
+    return [{"input_ids": row, "labels": row.copy()} for row in ids]
+
+
+@pytest.fixture
+def load(model_dir, example_tokenizer_dir):
+    def load(kind, **config):
+        options = {"initializer_range": 0.2, "num_attention_heads": 4, "num_key_value_heads": 2} | config
+        return AutoModelForCausalLM.from_pretrained(model_dir(kind, example_tokenizer_dir, **options))
+
+    return load
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "hy_v3"])
+@pytest.mark.parametrize("how", ["all weights", "recomputed", "adapter"])
+def test_the_same_as_with_a_mask(kind, how, load, monkeypatch):
+    model = load(kind).train()
+    if how == "adapter":
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    elif how == "recomputed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = Collator(0, "batch")(rows(20, 1, 33))
+    del batch["numbers"]
+
+    def losses_and_gradients():
+        model.zero_grad()
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    masked = losses_and_gradients()
+    keep_rows_apart(model, ON_CPU)
+    monkeypatch.setattr(attention, "sdpa_mask", lambda *args, **kwargs: pytest.fail("a mask was made"))
+    ours = losses_and_gradients()
+    assert model.config._attn_implementation == ROW_BY_ROW and ours[0] == pytest.approx(masked[0], abs=1e-6)
+    assert len(ours[1]) == len(masked[1]) > 5
+    for mine, theirs in zip(ours[1], masked[1], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "hy_v3"])
+def test_generation_within_a_packed_run(kind, load):
+    """Padded on the left, with a cache and without, as in a run that is not packed."""
+    model = load(kind).eval()
+    ids = torch.tensor(np.stack([row["input_ids"] for row in rows(12, 12)]))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+
+    def answers(**more):
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        return model.generate(ids, attention_mask=mask, **options, **more)
+
+    def whole():
+        return model(ids[1:]).logits
+
+    before = answers(), answers(use_cache=False), whole()
+    keep_rows_apart(model, ON_CPU)
+    after = answers(), answers(use_cache=False), whole()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "says"),
+    [
+        ("hy_v4", {}, "= eager ("),
+        ("dense", {"attention_dropout": 0.1}, "= sdpa (attention_dropout would"),
+        ("dense", {"sliding_window": 8}, "= sdpa (the model's window slides"),
+    ],
+)
+def test_what_keeps_its_mask(kind, config, says, load, capsys):
+    model = load(kind, **config)
+    keep_rows_apart(model, ON_CPU)
+    assert says in capsys.readouterr().out and model.config._attn_implementation != ROW_BY_ROW
+
+
+def test_a_device_on_which_it_is_wrong(load, monkeypatch, capsys):
+    model = load("dense")
+    monkeypatch.setattr(
+        attention, "attend_row_by_row", lambda module, query, *args, **kwargs: (query.transpose(1, 2), 0)
+    )
+    keep_rows_apart(model, ON_CPU)
+    assert "gives other values" in capsys.readouterr().out and model.config._attn_implementation == "sdpa"
