@@ -12,7 +12,7 @@ from sft.training.fields import BY_CONTENT, DECIDES, FIXED
 # Another value of each; the run's are in `first`, else the defaults.
 OTHER = {
     "max_seq_length": 48, "eval_split": 0.2, "train_on": "last", "overlong": "drop", "bad_rows": "skip",
-    "history": "answers", "packing": "none", "use_flash_attn": True,
+    "history": "answers", "packing": "none", "use_flash_attn": True, "load_in_4bit": True,
     "router_aux_loss_coef": 0.5, "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1, "average_tokens_across_devices": False, "learning_rate": 3e-3, "min_lr": 5e-4,
     "lr_scheduler_type": "linear", "lr_scheduler_kwargs": '{"num_cycles": 0.3}', "warmup_steps": 2,
@@ -33,8 +33,8 @@ OTHER = {
     "parallelism_config": "{}", "accelerator_config": '{"split_batches": true}', "auto_find_batch_size": True,
 }  # fmt: skip
 NOT_FLAGS = {"parallelism_config"}  # no text is one
-# refused with --resume_anyway too: this machine cannot do it
-NOT_HERE = {"use_flash_attn", "tf32", "use_liger_kernel"}
+# refused with --resume_anyway too: this machine cannot do it, or a run without adapter
+NOT_HERE = {"use_flash_attn", "tf32", "use_liger_kernel", "load_in_4bit"}
 NOT_TRIED = {"liger_kernel_config", *NOT_FLAGS}  # has no effect alone
 # What the weights after two more steps cannot show.
 NOT_SEEN = {"overlong", "bad_rows", "average_tokens_across_devices", "use_cache"}

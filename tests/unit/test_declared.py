@@ -1,4 +1,5 @@
-"""What train/ takes from libraries: requirements.txt declares each import, CONTRIBUTING.md lists each private name."""
+"""What train/ takes from libraries: requirements.txt, or that of a flag, declares each import, CONTRIBUTING.md lists
+each private name."""
 
 import ast
 import re
@@ -27,7 +28,8 @@ def imported() -> dict[str, str]:
 
 
 def declared() -> set[str]:
-    text = (REPO / "requirements.txt").read_text(encoding="utf-8")
+    files = (REPO / "requirements.txt", REPO / "requirements-4bit.txt")
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
     return {name.lower().replace("_", "-") for name in re.findall(r"^([\w-]+)==", text, re.M)}
 
 
@@ -49,7 +51,7 @@ def test_each_import_is_declared():
     known = packages_distributions()
     for name, file in imported().items():
         if name not in OWN | sys.stdlib_module_names:
-            distributions = {each.lower().replace("_", "-") for each in known[name]}
+            distributions = {each.lower().replace("_", "-") for each in known.get(name, [name])}
             assert distributions & declared(), f"{file} imports {name}, which requirements.txt lacks"
 
 

@@ -85,6 +85,15 @@ def test_on_gpus(started):
     assert "bf16" not in values and values["deepspeed"] == "none"
 
 
+def test_4_bits_without_deepspeed(started):
+    """Unless a file is asked for, which train.py refuses."""
+    given = {"MODEL_PATH": "/m/Hunyuan", "TRAIN_DATA_FILE": "r", "gpus": 2}
+    values, _, choices = started("--use_lora", "--load_in_4bit", **given)
+    assert values["deepspeed"] == "none" and values["bf16"] is True
+    assert "DS_CONFIG = none (--load_in_4bit: each process holds the whole model)" in choices
+    assert started("--use_lora", "--load_in_4bit", DS_CONFIG="d.json", **given)[0]["deepspeed"] == "d.json"
+
+
 @pytest.mark.parametrize(
     "spelling", [["--learning_rate", "3"], ["--learning-rate=3"], ["--learning_rate=2", "--learning-rate", "3"]]
 )

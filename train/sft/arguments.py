@@ -73,6 +73,7 @@ class ModelArguments:
     )
     use_rslora: bool = option(False, "Scale the adapter by alpha / sqrt(rank) (rsLoRA).")
     use_dora: bool = option(False, "Train the magnitudes of the weights' columns beside the adapter (DoRA).")
+    load_in_4bit: bool = option(False, "With --use_lora: keep the frozen base in 4 bits, fused experts included.")
     any_base: bool = option(False, "Train an adapter on another base than the one that it was trained on.")
     trainable_params: str | None = option(None, "Regular expression: train the parameters in whose names it is found.")
     train_attention_params_only: bool = option(False, "Train the attention layers and nothing else.")

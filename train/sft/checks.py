@@ -3,6 +3,7 @@
 Refused here (exit code 2): a value outside its range, flags that contradict each other, evaluation without rows.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -131,6 +132,9 @@ def use_todays_names(values: dict[str, Any]) -> None:
 def build(values: dict[str, Any]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The three dataclasses, of all flags' values; refuses what only they show together."""
 
+    if values["load_in_4bit"]:
+        check_4_bits(values)
+
     def of(cls: Any) -> dict[str, Any]:
         return {f.name: values[f.name] for f in fields(cls) if f.init}
 
@@ -142,3 +146,17 @@ def build(values: dict[str, Any]) -> tuple[ModelArguments, DataArguments, Traini
     if model.router_aux_loss_coef and recomputes and kwargs.get("use_reentrant"):
         raise Refused("--router_aux_loss_coef: gets no gradient with use_reentrant in --gradient_checkpointing_kwargs")
     return model, data, training
+
+
+def check_4_bits(values: dict[str, Any]) -> None:
+    """Refuse --load_in_4bit where it cannot run, or would be more than a frozen base."""
+    if not values["use_lora"]:
+        raise Refused("--load_in_4bit: weights in 4 bits cannot be trained: add --use_lora")
+    for other in ("deepspeed", "fsdp"):
+        if values[other]:
+            raise Refused(
+                f"--load_in_4bit with --{other}: packed weights cannot be divided among processes, each holds the "
+                f"whole model. Leave --{other} out (DS_CONFIG=none of train.sh)"
+            )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise Refused("--load_in_4bit: bitsandbytes is not installed: pip install -r requirements-4bit.txt")

@@ -102,7 +102,9 @@ def choose_machine(job: Job) -> int:
     if not several:
         job.choose("HOST_GPU_NUM", gpus or 1, "the GPUs of this machine" if gpus else "no GPU")
     if "resume_from_checkpoint" not in job.given:  # whose DeepSpeed file is the checkpoint's
-        if gpus:
+        if job.given.get("load_in_4bit"):
+            job.choose("DS_CONFIG", "none", "--load_in_4bit: each process holds the whole model")
+        elif gpus:
             job.choose("DS_CONFIG", "ds_zero3_no_offload.json", "the default on GPUs")
         else:
             job.choose("DS_CONFIG", "none", "no GPU: DeepSpeed compiles for minutes on a CPU")

@@ -10,6 +10,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -135,7 +136,7 @@ def load_model(
     attention = "flash_attention_2" if args.use_flash_attn else None
     if args.use_flash_attn:
         check_flash_attention(training)
-    options = {"dtype": load_dtype(args, training), "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": load_dtype(args, training), "attn_implementation": attention}
     if directory.path is None:
         from sft.model.from_flags import build_model
 
@@ -146,6 +147,10 @@ def load_model(
             from sft.model.lora import find_targets
 
             directory.examine = partial(find_targets, wanted=args.lora_target_modules, quiet=True)
+        if args.load_in_4bit:
+            from sft.model.four_bits import in_4_bits
+
+            options |= in_4_bits(args.lora_target_modules, training.device)
         model = load_pretrained(directory, **options)
     if moe_layers(model):
         route_in_fp32(model)

@@ -84,6 +84,12 @@ def find_targets(model: PreTrainedModel, wanted: list[str] | None, quiet: bool =
     return names, experts
 
 
+def rewritten_by_peft(model: PreTrainedModel, names: set[str]) -> set[str]:
+    """Those of the linear layers that PEFT would turn into the fused experts: they are adapted by their weights, whose
+    names it leaves alone."""
+    return {n for n in names if model.config.model_type == "hunyuan_v1_moe" and n.rpartition(".")[2] in REWRITTEN}
+
+
 def is_named(name: str, target: str) -> bool:
     """Whether a module has this name, or ends in it."""
     return f".{name}".endswith(f".{target}")
@@ -102,8 +108,7 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, adapter: Path | No
     if adapter is not None:
         return take_up(model, args, adapter)
     names, experts = find_targets(model, args.lora_target_modules)
-    # a weight by its own name is left alone
-    rewritten = {n for n in names if model.config.model_type == "hunyuan_v1_moe" and n.rpartition(".")[2] in REWRITTEN}
+    rewritten = rewritten_by_peft(model, names)
     parameters = [f"{name}.weight" for name in sorted(rewritten)] + (list(FUSED) if experts else [])
     for wrong, flag in ((args.lora_dropout, "--lora_dropout"), (args.use_dora, "--use_dora")):
         if parameters and wrong:

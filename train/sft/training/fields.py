@@ -22,7 +22,7 @@ FIXED = names("""
 DECIDES = names("""
     train_data_file model_name_or_path tokenizer_name_or_path
     max_seq_length eval_split train_on history overlong bad_rows packing
-    use_flash_attn router_aux_loss_coef
+    use_flash_attn load_in_4bit router_aux_loss_coef
     per_device_train_batch_size gradient_accumulation_steps average_tokens_across_devices
     learning_rate min_lr lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
     weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor neftune_noise_alpha

@@ -171,7 +171,7 @@ def model_flops_utilization(model: torch.nn.Module, tokens_per_second: float, ar
     for path, weight in model.named_parameters():
         if "embed_tokens" in path and not getattr(config, "tie_word_embeddings", False):
             continue  # looked up, not multiplied
-        size = getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves an empty tensor
+        size = number_of_values(weight)
         used = size * share_of_experts if ".experts." in path else size
         flops += used * (6 if weight.requires_grad else 4)
     return flops * tokens_per_second / (peak * devices)
@@ -180,7 +180,14 @@ def model_flops_utilization(model: torch.nn.Module, tokens_per_second: float, ar
 def number_of_parameters(model: PreTrainedModel, trained: bool = False) -> int:
     """Parameters of the model, or those that are trained; under ZeRO-3 their full size."""
     parameters = [p for p in model.parameters() if p.requires_grad or not trained]
-    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    return sum(map(number_of_values, parameters))
+
+
+def number_of_values(weight: torch.nn.Parameter) -> int:
+    """Of a whole weight: ZeRO-3 leaves an empty tensor, --load_in_4bit two values a byte."""
+    if hasattr(weight, "quant_state"):
+        return weight.quant_state.shape.numel()
+    return getattr(weight, "ds_numel", weight.numel())
 
 
 def write_results(trainer: Any, metrics: dict[str, float], probe: Probe | None, figures: dict[str, Any]) -> None:
