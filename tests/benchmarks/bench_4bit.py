@@ -1,10 +1,9 @@
 """Host memory while a generated 2 GB mixture of experts in 8 shards is loaded for an adapter: in bf16, and in 4 bits.
 
-    python tests/benchmarks/bench_4bit.py [--repeats 3] [--step]     # about two minutes; needs bitsandbytes
+    python tests/benchmarks/bench_4bit.py [--repeats 3]     # about four minutes; needs bitsandbytes
 
 Peak of allocated (anonymous) memory and of all that is resident (mapped pages of the files among it, which the system
 takes back when it needs them), above what there was before loading, and what stays allocated. Both ways alternate.
-`--step`: also the time of a training step of 256 tokens with recomputation, and the loss.
 """
 
 import argparse
@@ -23,9 +22,8 @@ sys.path[:0] = [str(REPO / "train"), str(REPO / "tests" / "benchmarks")]
 WAYS = {"bf16": [], "4 bits": ["--load_in_4bit"]}
 
 
-def worker(way: str, base: str, file: str, step: bool) -> None:
+def worker(way: str, base: str, file: str) -> None:
     """Load in this process, and write what it took, in bytes and seconds."""
-    import torch
     from bench_load import status
 
     from sft.model.load import load_model, open_directory
@@ -50,26 +48,17 @@ def worker(way: str, base: str, file: str, step: bool) -> None:
     thread.join()
     figures = {"allocated": peaks[0] - before[0], "resident": peaks[1] - before[1], "kept": status()[0] - before[0]}
     figures |= {"seconds": seconds}
-    if step:
-        model.train().activation_checkpointing_enable()
-        ids = torch.randint(5, 30000, (1, 256), generator=torch.Generator().manual_seed(0))
-        for _ in range(2):  # the first one warms up
-            start = time.monotonic()
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            figures |= {"step": time.monotonic() - start, "loss": loss.item()}
+    del model  # kept until here
     Path(file).write_text(json.dumps(figures))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--step", action="store_true")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(*args.worker, args.step)
+        worker(*args.worker)
         return
     from bench_merge import SHARDS, make_base
 
@@ -81,7 +70,7 @@ def main() -> None:
         for _ in range(args.repeats):
             for way in WAYS:
                 file = Path(folder, "figures.json")
-                command = [sys.executable, __file__, "--worker", way, str(base), str(file)] + ["--step"] * args.step
+                command = [sys.executable, __file__, "--worker", way, str(base), str(file)]
                 env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
                 subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 found.setdefault(way, []).append(json.loads(file.read_text()))
@@ -92,8 +81,6 @@ def main() -> None:
         middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         cells = [f"{middle[key] / 1e9:.2f} GB" for key in ("allocated", "resident", "kept")]
         print(f"| {way} | " + " | ".join(cells) + f" | {middle['seconds']:.1f} s |")
-        if args.step:
-            print(f"{way}: {middle['step']:.2f} s a step, loss {middle['loss']:.4f}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import nn
 
 pytest.importorskip("bitsandbytes", reason="no bitsandbytes: pip install -r requirements-4bit.txt")
 
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Params4bit
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,7 @@ from sft import checks
 from sft.arguments import ModelArguments
 from sft.messages import Refused
 from sft.model.directory import ModelDirectory
-from sft.model.four_bits import in_4_bits, unpack
+from sft.model.four_bits import in_4_bits, pack, unpack
 from sft.model.lora import add_adapter
 from sft.model.moe import route_in_fp32
 from sft.model.pretrained import load_pretrained
@@ -95,6 +96,14 @@ def base_name(model: nn.Module, name: str) -> str:
     place, _, last = name.rpartition(".")
     own = f"{place}.base_layer.{last}"
     return own if own in dict(model.get_base_model().named_parameters()) else name
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (3, 40, 56), (3, 700, 1000), (5, 7)])
+def test_pieces_are_packed_as_the_whole(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours, (values, state) = pack(weight), quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    assert torch.equal(ours, values) and torch.equal(unpack(ours), dequantize_4bit(values, state))
+    assert unpack(ours).shape == shape and not ours.requires_grad
 
 
 @pytest.mark.parametrize(
