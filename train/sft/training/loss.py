@@ -16,7 +16,7 @@ from sft.messages import choice
 from sft.model.load import without_adapter
 from sft.model.weight_files import is_transformers_own
 
-LOGITS = 2**26  # at once: 256 MB in fp32
+LOGITS = {"cuda": 2**27, "cpu": 2**24}  # at once: 512 and 64 MB in fp32; a GPU waits for its memory with fewer
 
 
 class SumOfLosses(torch.autograd.Function):
@@ -28,7 +28,7 @@ class SumOfLosses(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        matrix, size = weight.to(dtype), max(1, LOGITS // len(weight))
+        matrix, size = weight.to(dtype), max(1, LOGITS.get(hidden.device.type, 2**26) // len(weight))
         for i in range(0, len(hidden), size):
             part, wanted = hidden[i : i + size].to(dtype), targets[i : i + size, None]
             logits = linear(part, matrix).float()
@@ -47,8 +47,8 @@ class SumOfLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, factor):
-        of_hidden, of_weight = (None if g is None else g.mul_(factor.to(g.dtype)) for g in ctx.gradients)
-        return of_hidden, of_weight, None, None
+        gradients, ctx.gradients = ctx.gradients, None  # autograd takes over what nobody else holds
+        return *(None if g is None else g.mul_(factor.to(g.dtype)) for g in gradients), None, None
 
 
 class Head(torch.nn.Linear):
