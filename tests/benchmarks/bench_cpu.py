@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, dict, int, int, tuple[str, ...]]] = {
     "small-moe": ("moe", SMALL | {"vocab_size": 128_512}, 0, 8, (*ALL,)),
     "small-32k": ("dense", SMALL | {"vocab_size": 32_768}, 32_000, 8, (*ALL,)),
     "16-rows": ("dense", SMALL | {"vocab_size": 32_768}, 32_000, 16, ("padded", "packed")),
-    "0.5B": ("dense", HALF_B, 0, 24, ("plain", "padded", "packed")),
+    "0.5B": ("dense", HALF_B, 0, 16, ("plain", "padded", "packed")),
 }
 
 
