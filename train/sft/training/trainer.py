@@ -16,6 +16,7 @@ from sft.data.examples import IGNORE_INDEX
 from sft.messages import Refused, choice
 from sft.model.directory import ModelDirectory
 from sft.model.files import write_json
+from sft.model.head import Head
 from sft.model.load import without_adapter
 from sft.model.moe import Routers, moe_layers
 from sft.model.pretrained import load_pretrained
@@ -23,7 +24,6 @@ from sft.model.weight_files import is_transformers_own, names_in_model
 from sft.training.disk import Reporter, checkpoint_bytes, why_not_saved
 from sft.training.environment import failing_together
 from sft.training.finite import FiniteWatch
-from sft.training.loss import Head
 from sft.training.manifest import RUN, RestOfSave, remove
 from sft.training.output_dir import check_still_ours
 from sft.training.progress import Meter
