@@ -22,8 +22,8 @@ import sft  # noqa: F401  first: it says what is missing
 import torch
 from jinja2 import TemplateError
 
-from sft.messages import OUTPUT_ROOT, Parser, Refused, in_one_line, newest, read_json, run_script
-from sft.model.adapter_base import check_base, use_code
+from sft.messages import OUTPUT_ROOT, Parser, Refused, in_one_line, newest, run_script
+from sft.model.adapter_base import check_base, named_base
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE, is_adapter, tokenizer_beside
 from sft.model.generations import report_code
@@ -53,11 +53,8 @@ def choose(model_dir: str | None, adapter_dir: str | None) -> tuple[Path, Path |
             if not (adapter / file).is_file():
                 raise Refused(f"{adapter}: no adapter here, {file} is missing")
         note(f"adapter = {adapter} ({why})")
-    if adapter and not model:
-        base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
-        model, why = Path(base), "named by adapter_config.json"
-        if not base or not model.is_dir():
-            raise Refused(f"{adapter}: its base {base!r} is not a directory here; give BASE_DIR --adapter {adapter}")
+        if not model:
+            model, why = named_base(adapter, None, f"BASE_DIR --adapter {adapter}"), "named by adapter_config.json"
     if not (model / "config.json").is_file() or not any((model / file).is_file() for file in MODEL_FILES):
         raise Refused(f"{model}: no model here, config.json or model.safetensors is missing")
     note(f"model = {model} ({why})")
@@ -66,23 +63,19 @@ def choose(model_dir: str | None, adapter_dir: str | None) -> tuple[Path, Path |
 
 def load(model_dir: Path, adapter: Path | None, any_base: bool, trusted: bool) -> tuple[Any, Any]:
     """(tokenizer, model) ready to generate: on the GPUs if there are any, in the dtype that config.json says."""
-    from sft.model.pretrained import (  # takes seconds: only once the paths are right
-        load_adapter,
-        load_pretrained,
-        load_tokenizer,
-    )
+    from sft.model import pretrained  # takes seconds: only once the paths are right
 
     gpu = torch.cuda.is_available()
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
         directory = ModelDirectory(model_dir, adapter and tokenizer_beside(adapter), trusted, trusted)
         if adapter:
-            use_code(directory, check_base(adapter, directory, any_base))
+            check_base(adapter, directory, any_base)
         report_code(directory)
-        tokenizer = load_tokenizer(directory.tokenizer_path, trusted)
+        tokenizer = pretrained.load_tokenizer(directory.tokenizer_path, trusted)
         try:
-            model = load_pretrained(directory, dtype="auto", device_map="auto" if gpu else None)
+            model = pretrained.load_pretrained(directory, dtype="auto", device_map="auto" if gpu else None)
             if adapter:
-                model = load_adapter(model, adapter)
+                model = pretrained.load_adapter(model, adapter)
         except Refused:
             raise
         except Exception as error:  # whatever the libraries or the directory's own code raise

@@ -36,12 +36,6 @@ def edit_tensors(path: Path, change) -> None:
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
-def unlist(index: Path) -> None:
-    held = json.loads(index.read_text())
-    del held["weight_map"]["model.norm.weight"]
-    index.write_text(json.dumps(held))
-
-
 def first(change):
     """A change of the adapter's first lora_A alone."""
     return lambda held: held | {name: change(held[name]) for name in sorted(held)[:1]}
@@ -122,7 +116,6 @@ REFUSED = {  # what is done to (base b, adapter a, output o), and what is said
     "quantised": (lambda b, a, o: edit_json(b / "config.json", quantization_config={"b": 4}), "quantization_config"),
     "no-shard": (lambda b, a, o: (b / SHARD).unlink(), f"{SHARD}: missing"),
     "cut-shard": (lambda b, a, o: os.truncate(b / SHARD, 9000), f"{SHARD}: not a whole safetensors file"),
-    "unlisted": (lambda b, a, o: unlist(b / INDEX), f"{INDEX}: does not list what is in model-00005-of-00005"),
     "renamed": (lambda b, a, o: edit_tensors(b / SHARD, renamed("mlp", "mpl")), f"lists what is not in {SHARD}"),
     "full-output": (lambda b, a, o: (o.mkdir(), (o / "x").touch()), "is there and not empty"),
     "file-output": (lambda b, a, o: o.touch(), "is there and not empty"),

@@ -3,22 +3,19 @@
 Refused (exit code 2): what transformers' hunyuan_v1_dense and hunyuan_v1_moe cannot express.
 """
 
-from transformers import (
-    AutoModelForCausalLM,
-    HunYuanDenseV1Config,
-    HunYuanMoEV1Config,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.arguments import ModelArguments
 from sft.messages import Refused, choice
 
 
+def model_type(args: ModelArguments) -> str:
+    return "hunyuan_v1_moe" if args.num_experts > 1 else "hunyuan_v1_dense"
+
+
 def check_architecture(args: ModelArguments) -> None:
     """Refuse architecture flags that hunyuan_v1_dense and hunyuan_v1_moe cannot express."""
-    moe = args.num_experts > 1
-    kind = "hunyuan_v1_moe" if moe else "hunyuan_v1_dense"
+    moe, kind = args.num_experts > 1, model_type(args)
     width, heads = args.intermediate_size, args.num_attention_heads
     for wrong, flag, why in (
         (args.use_cla, "use_cla", "has no cross-layer attention"),
@@ -55,12 +52,8 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **opti
         pad_token_id=tokenizer.pad_token_id,
     )
     if args.num_experts > 1:
-        config = HunYuanMoEV1Config(**shape, num_experts=args.num_experts, moe_topk=args.moe_topk)
-    else:
-        config = HunYuanDenseV1Config(**shape)
-    choice(
-        "model",
-        config.model_type,
-        f"built from the architecture flags, with random weights: --num_experts {args.num_experts}",
-    )
+        shape |= dict(num_experts=args.num_experts, moe_topk=args.moe_topk)
+    config = AutoConfig.for_model(model_type(args), **shape)
+    why = f"built from the architecture flags, with random weights: --num_experts {args.num_experts}"
+    choice("model", config.model_type, why)
     return AutoModelForCausalLM.from_config(config, **options)

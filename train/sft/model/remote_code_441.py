@@ -28,10 +28,9 @@ def load_with_own_code(directory: ModelDirectory, **options: Any) -> tuple[PreTr
     config = AutoConfig.from_pretrained(directory.path, trust_remote_code=True)
     config.use_cache = False  # a cache is of a class that is gone
     if not (directory.config.get("rope_scaling") or directory.config.get("rope_parameters")):
-        # transformers 5 makes a dict of null
-        config.rope_scaling = None
+        config.rope_scaling = None  # transformers 5 makes a dict of null
     directory.check_tensors(cls, config)
-    model, info = cls.from_pretrained(str(directory.path), config=config, **options, output_loading_info=True)
+    model, info = cls.from_pretrained(str(directory.path), config=config, **options)
     fill_buffers(model)
     if model.generation_config:
         model.generation_config.use_cache = False
