@@ -44,19 +44,14 @@ def choose(model_dir: str | None, adapter_dir: str | None) -> tuple[Path, Path |
         model, why = newest(OUTPUT_ROOT, (ADAPTER_FILE, *MODEL_FILES)), "newest under train/output"
         if not model:
             raise Refused("no model under train/output; train one with train.sh, or give a model directory")
-    if model and is_adapter(model):
-        if adapter:
-            raise Refused(f"{model}: is an adapter itself; give the base's directory beside --adapter")
+    if model and is_adapter(model) and not adapter:
         model, adapter = None, model
     if adapter:
-        for file in ("adapter_config.json", ADAPTER_FILE):
-            if not (adapter / file).is_file():
-                raise Refused(f"{adapter}: no adapter here, {file} is missing")
+        if not is_adapter(adapter):
+            raise Refused(f"{adapter}: no adapter here")
         note(f"adapter = {adapter} ({why})")
         if not model:
             model, why = named_base(adapter, None, f"BASE_DIR --adapter {adapter}"), "named by adapter_config.json"
-    if not (model / "config.json").is_file() or not any((model / file).is_file() for file in MODEL_FILES):
-        raise Refused(f"{model}: no model here, config.json or model.safetensors is missing")
     note(f"model = {model} ({why})")
     return model, adapter
 
@@ -68,6 +63,7 @@ def load(model_dir: Path, adapter: Path | None, any_base: bool, trusted: bool) -
     gpu = torch.cuda.is_available()
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
         directory = ModelDirectory(model_dir, adapter and tokenizer_beside(adapter), trusted, trusted)
+        directory.check()
         if adapter:
             check_base(adapter, directory, any_base)
         report_code(directory)

@@ -79,7 +79,7 @@ REFUSED = {  # what is done to (base b, adapter a, output o), and what is said
     ),
     "other-shape": (
         lambda b, a, o: edit_tensors(a / TENSORS, first(lambda tensor: tensor[:, :16].contiguous())),
-        "layers.0.self_attn.k_proj ([16, 16], the base has BF16 [16, 32])",
+        "layers.0.self_attn.k_proj ([16, 16], the base has [16, 32])",
     ),
     "other-rank": (lambda b, a, o: edit_json(a / CONFIG, r=8), "k_proj (rank or magnitude are not as"),
     "no-lora-B": (lambda b, a, o: edit_tensors(a / TENSORS, without("k_proj.lora_B")), "k_proj ([0, 32], the base"),
@@ -108,7 +108,7 @@ REFUSED = {  # what is done to (base b, adapter a, output o), and what is said
     "pissa": (lambda b, a, o: edit_json(a / CONFIG, init_lora_weights="pissa"), "init_lora_weights=pissa"),
     "tied-head": (
         lambda b, a, o: (edit_json(b / "config.json", tie_word_embeddings=1), edit_tensors(a / TENSORS, more(HEAD))),
-        "lm_head (the base has no such weight, it is tied)",
+        "lm_head (the base has no such weight or it is tied)",
     ),
     "no-base": (lambda b, a, o: shutil.rmtree(b), "not a directory here; give --base_model_path"),
     "no-config": (lambda b, a, o: (b / "config.json").unlink(), "has no config.json"),

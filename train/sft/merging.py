@@ -25,7 +25,7 @@ from tqdm import tqdm
 from sft.messages import Refused, choice, first_few, read_json
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE, write_json
-from sft.model.weight_files import DTYPES, INDEX, Stored, open_tensors
+from sft.model.weight_files import DTYPES, INDEX, open_tensors
 
 SAVE_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}  # as --save_dtype and as safetensors headers spell them
 # What transformers names otherwise than the files of Hy3 and Hy4 do: (in the adapter, in the base).
@@ -38,9 +38,11 @@ BEYOND_LORA = (
 )  # fmt: skip
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
-# What a tensor of the base gains: keys of the adapter, a factor; of stacked experts how many there are, which one the
-# tensor is (None: all, fused), which rows of their lora_B are its own.
-Update = namedtuple("Update", "lora_A lora_B magnitude scaling experts expert rows", defaults=(0, None, slice(None)))
+ALL = slice(None)
+# What a tensor of the base gains: keys of the adapter, a factor; how many experts are stacked in these, which of them
+# the tensor holds, and which rows of their lora_B are its own. A linear layer is one expert.
+Update = namedtuple("Update", "lora_A lora_B magnitude scaling experts which rows")
+Parts = list[tuple[str, slice, slice]]  # (tensor of the base, which experts, rows)
 
 
 class Adapter:
@@ -84,13 +86,16 @@ class Adapter:
 
 def plan_updates(adapter: Adapter, base: ModelDirectory) -> dict[str, Update]:
     """{base tensor: its Update}; refuses unless every tensor of the adapter has its place."""
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items() if tensor.dtype in DTYPES}
+    if base.config.get("tie_word_embeddings", False):
+        shapes.pop("lm_head.weight", None)
     updates: dict[str, Update] = {}
     known = set()
     for lora_A in (key for key in sorted(adapter.shapes) if key.endswith(".lora_A.weight")):
         prefix = lora_A.removesuffix(".lora_A.weight")
         known |= {lora_A, f"{prefix}.lora_B.weight", f"{prefix}.base_layer.weight"}  # PEFT saves a head's own as well
         known |= {f"{prefix}.lora_magnitude_vector"} if adapter.is_dora else set()
-        updates |= place(adapter, base, prefix)
+        updates |= place(adapter, prefix, shapes)
     if unknown := sorted(adapter.shapes.keys() - known):
         adapter.refuse(first_few(unknown), "not of a LoRA adapter")
     if not any(adapter.file.get_tensor(update.lora_B).any() for update in updates.values()):
@@ -98,84 +103,69 @@ def plan_updates(adapter: Adapter, base: ModelDirectory) -> dict[str, Update]:
     return updates
 
 
-def place(adapter: Adapter, base: ModelDirectory, prefix: str) -> dict[str, Update]:
+def place(adapter: Adapter, prefix: str, shapes: dict[str, tuple]) -> dict[str, Update]:
     """{base tensor: its Update} of one adapted module, whose keys begin with `prefix`; refuses one without a place."""
     module = prefix.removeprefix("base_model.model.")
     lora_A, lora_B = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
     magnitude = f"{prefix}.lora_magnitude_vector" if adapter.is_dora else None
     shape_A, shape_B = adapter.shapes[lora_A], adapter.shapes.get(lora_B, (0,))
     delta = (*shape_B[:1], *shape_A[1:])  # the shape of lora_B @ lora_A
-    ranks = (shape_A[0], *shape_B[1:])
     rank = adapter.setting("r", "rank_pattern", module)
     alpha = adapter.setting("lora_alpha", "alpha_pattern", module)
     scaling = alpha / (math.sqrt(rank) if adapter.settings.get("use_rslora") else rank)
     if re.search(r"\.experts(\.base_layer)?$", module):
         experts = shape_A[0] // rank
-        parts = expert_parts(module.removesuffix(".base_layer"), experts, delta, base.tensors)
-        if not parts or ranks != (rank * experts, rank * experts):
+        parts = parts_of_experts(module.removesuffix(".base_layer"), experts, delta, shapes)
+        if not parts:
             adapter.refuse(module, f"{list(delta)}, rank {rank}: the base has no such experts")
-        return {name: Update(lora_A, lora_B, None, scaling, experts, one, rows) for name, one, rows in parts}
-    names = [f"{module}.weight", *(f"{module.replace(*pair)}.weight" for pair in RENAMED)]
-    name = next((name for name in names if name in base.tensors), None)
-    if module == "lm_head" and base.config.get("tie_word_embeddings", False):
-        adapter.refuse(module, "the base has no such weight, it is tied")
-    if name is None:
-        adapter.refuse(module, "the base has no such weight")
-    stored = base.tensors[name]
-    if stored.dtype not in DTYPES or stored.shape != delta:
-        adapter.refuse(module, f"{list(delta)}, the base has {stored.dtype} {list(stored.shape)}")
-    if ranks != (rank, rank) or (magnitude and adapter.shapes.get(magnitude) != delta[:1]):
+    else:
+        experts, names = 1, [f"{module}.weight", *(f"{module.replace(*pair)}.weight" for pair in RENAMED)]
+        name = next((name for name in names if name in shapes), None)
+        if name is None:
+            adapter.refuse(module, "the base has no such weight" + (" or it is tied" if module == "lm_head" else ""))
+        if shapes[name] != delta:
+            adapter.refuse(module, f"{list(delta)}, the base has {list(shapes[name])}")
+        parts = [(name, ALL, ALL)]
+    is_ranked = (shape_A[0], *shape_B[1:]) == (rank * experts, rank * experts)
+    if not is_ranked or (magnitude and adapter.shapes.get(magnitude) != delta[:1]):
         adapter.refuse(module, "rank or magnitude are not as adapter_config.json says")
-    return {name: Update(lora_A, lora_B, magnitude, scaling)}
+    return {name: Update(lora_A, lora_B, magnitude, scaling, experts, *part) for name, *part in parts}
 
 
-def expert_parts(
-    module: str, experts: int, delta: tuple[int, ...], tensors: dict[str, Stored]
-) -> list[tuple[str, int | None, slice]]:
-    """[(base tensor, which expert, rows of lora_B)] of an adapter on a layer's stacked experts; [] if they do not fit.
+def parts_of_experts(module: str, experts: int, delta: tuple, shapes: dict[str, tuple]) -> Parts:
+    """The tensors of a layer's experts that gain `delta` (rows, columns) each; [] if they do not fit.
 
     PEFT calls what it adapts first and second by place and not by name; the shapes tell gate_up_proj from down_proj.
     In the files the experts are fused, one tensor a layer, or stand one by one.
-
-    Args:
-        experts: how many there are.
-        delta: (rows, columns) of what one expert gains.
     """
-
-    def shape_of(name: str) -> tuple[int, ...] | None:
-        return tensors[name].shape if name in tensors else None
-
     for fused, ones in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
-        if shape_of(f"{module}.{fused}") == (experts, *delta):
-            return [(f"{module}.{fused}", None, slice(None))]
+        if shapes.get(f"{module}.{fused}") == (experts, *delta):
+            return [(f"{module}.{fused}", ALL, ALL)]
         rows = delta[0] // len(ones)
-        parts: list[tuple[str, int | None, slice]] = [
-            (f"{module}.{expert}.{name}.weight", expert, slice(number * rows, (number + 1) * rows))
-            for expert in range(experts)
-            for number, name in enumerate(ones)
-        ]
+        parts: Parts = []
+        for expert in range(experts):
+            for start, name in zip((0, rows), ones):
+                part = slice(expert, expert + 1), slice(start, start + rows)
+                parts.append((f"{module}.{expert}.{name}.weight", *part))
         one_more = f"{module}.{experts}.{ones[0]}.weight"
-        if {shape_of(name) for name, _, _ in parts} == {(rows, *delta[1:])} and one_more not in tensors:
+        if {shapes.get(name) for name, _, _ in parts} == {(rows, *delta[1:])} and one_more not in shapes:
             return parts
     return []
 
 
 def merged(tensor: torch.Tensor, update: Update, adapter: Adapter, dtype: torch.dtype) -> torch.Tensor:
     """The tensor with its update, computed in fp32 and rounded once to `dtype`; fused experts one by one."""
-    lora_A, lora_B = adapter.factor(update.lora_A), adapter.factor(update.lora_B)
-    if update.experts:  # as PEFT stacks them: A by expert and rank, B by rank and expert
-        lora_A = lora_A.unflatten(0, (update.experts, -1))
-        lora_B = lora_B.unflatten(1, (-1, update.experts)).permute(2, 0, 1)[:, update.rows]
-        if update.expert is None:
-            result = torch.empty_like(tensor, dtype=dtype)
-            for expert, weight in enumerate(tensor):
-                result[expert] = torch.addmm(weight.float(), lora_B[expert], lora_A[expert], alpha=update.scaling)
-            return result
-        lora_A, lora_B = lora_A[update.expert], lora_B[update.expert]
-    weight = torch.addmm(tensor.float(), lora_B, lora_A, alpha=update.scaling)
-    if update.magnitude:  # DoRA (Liu et al. 2024, equation 5)
-        weight *= (adapter.factor(update.magnitude) / torch.linalg.norm(weight, dim=1))[:, None]
-    return weight.to(dtype)
+    # As PEFT stacks experts: A by expert and rank, B by rank and expert.
+    lora_A = adapter.factor(update.lora_A).unflatten(0, (update.experts, -1))[update.which]
+    lora_B = adapter.factor(update.lora_B).unflatten(1, (-1, update.experts)).permute(2, 0, 1)
+    lora_B = lora_B[update.which, update.rows]
+    result, shape = torch.empty_like(tensor, dtype=dtype), (-1, *tensor.shape[-2:])
+    for into, weight, A, B in zip(result.view(shape), tensor.view(shape), lora_A, lora_B, strict=True):
+        weight = torch.addmm(weight.float(), B, A, alpha=update.scaling)
+        if update.magnitude:  # DoRA (Liu et al. 2024, equation 5)
+            weight *= (adapter.factor(update.magnitude) / torch.linalg.norm(weight, dim=1))[:, None]
+        into.copy_(weight)
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------- files
