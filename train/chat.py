@@ -22,7 +22,7 @@ import sft  # noqa: F401  first: it says what is missing
 import torch
 from jinja2 import TemplateError
 
-from sft.messages import OUTPUT_ROOT, Parser, Refused, in_one_line, newest, run_script
+from sft.messages import OUTPUT_ROOT, Parser, Refused, newest, run_script
 from sft.model.adapter_base import check_base, named_base
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE, is_adapter, tokenizer_beside
@@ -68,14 +68,9 @@ def load(model_dir: Path, adapter: Path | None, any_base: bool, trusted: bool) -
             check_base(adapter, directory, any_base)
         report_code(directory)
         tokenizer = pretrained.load_tokenizer(directory.tokenizer_path, trusted)
-        try:
-            model = pretrained.load_pretrained(directory, dtype="auto", device_map="auto" if gpu else None)
-            if adapter:
-                model = pretrained.load_adapter(model, adapter)
-        except Refused:
-            raise
-        except Exception as error:  # whatever the libraries or the directory's own code raise
-            raise Refused(f"{adapter or model_dir}: cannot be loaded: {in_one_line(error)}") from None
+        model = pretrained.load_pretrained(directory, dtype="auto", device_map="auto" if gpu else None)
+        if adapter:
+            model = pretrained.load_adapter(model, adapter)
     note(f"device = {model.device} ({'GPU' if gpu else 'no GPU'})\ndtype = {str(model.dtype)[6:]} (config.json)")
     return tokenizer, model.eval()
 
@@ -130,13 +125,12 @@ def main(argv: list[str] | None = None) -> None:
     # 2. Which model, and how it generates
     tokenizer, model = load(*choose(args.model_dir, args.adapter), args.any_base, args.trust_remote_code)
     template, before = thinking_off(tokenizer) if args.no_think else ({}, "")
-    sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
-    if args.temperature > 0:
-        sampling["temperature"] = args.temperature
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
+    options |= {"temperature": args.temperature or None}
 
     # 3. One reply
     if args.prompt is not None:
-        reply(tokenizer, model, [{"role": "user", "content": before + args.prompt}], template, **sampling)
+        reply(tokenizer, model, [{"role": "user", "content": before + args.prompt}], template, **options)
         return
 
     # 4. A conversation
@@ -156,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         elif text:
             messages.append({"role": "user", "content": before + text})
             try:
-                content = reply(tokenizer, model, messages, template, **sampling)
+                content = reply(tokenizer, model, messages, template, **options)
                 messages.append({"role": "assistant", "content": content})
             except KeyboardInterrupt:
                 messages.pop()

@@ -18,6 +18,7 @@ import shutil
 import time
 from argparse import Namespace
 from pathlib import Path
+from shlex import quote
 
 import sft  # noqa: F401  first: it says what is missing
 
@@ -42,7 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     # 2. The base: whole, and the one that the adapter was trained on.
     base = ModelDirectory(base_path, tokenizer_beside(adapter_path), args.trust_remote_code, tokenizer_trusted=False)
     base.check()
-    _ = base.headers  # refuses one in .bin files
+    if not base.tensors:
+        command = f"cd {quote(str(Path(__file__).parent))} && python -m sft.model.to_safetensors"
+        advice = f"Convert its pytorch_model*.bin: {command} {quote(str(base_path))} NEW_DIR"
+        raise Refused(f"{base_path}: holds no *.safetensors. {advice}")
     check_base(adapter_path, base, args.any_base)
     if args.verify == "logits":  # merging runs no code
         report_code(base)

@@ -105,6 +105,10 @@ REFUSED = {  # what is done to (base b, adapter a, output o), and what is said
         lambda b, a, o: edit_tensors(a / TENSORS, more(EXPERT_PAIR)),
         "layers.1.mlp.experts ([32, 40], rank 4: the base has no such experts)",
     ),
+    "rank-pattern": (
+        lambda b, a, o: edit_json(a / CONFIG, rank_pattern={"q_proj": 2}),
+        "rank_pattern={'q_proj': 2}: only LoRA and DoRA",
+    ),
     "pissa": (lambda b, a, o: edit_json(a / CONFIG, init_lora_weights="pissa"), "init_lora_weights=pissa"),
     "tied-head": (
         lambda b, a, o: (edit_json(b / "config.json", tie_word_embeddings=1), edit_tensors(a / TENSORS, more(HEAD))),
@@ -112,7 +116,7 @@ REFUSED = {  # what is done to (base b, adapter a, output o), and what is said
     ),
     "no-base": (lambda b, a, o: shutil.rmtree(b), "not a directory here; give --base_model_path"),
     "no-config": (lambda b, a, o: (b / "config.json").unlink(), "has no config.json"),
-    "no-weights": (lambda b, a, o: (b / INDEX).unlink(), "holds no model.safetensors and no"),
+    "no-weights": (lambda b, a, o: (b / INDEX).unlink(), f"{INDEX}: not a readable json object"),
     "quantised": (lambda b, a, o: edit_json(b / "config.json", quantization_config={"b": 4}), "quantization_config"),
     "no-shard": (lambda b, a, o: (b / SHARD).unlink(), f"{SHARD}: missing"),
     "cut-shard": (lambda b, a, o: os.truncate(b / SHARD, 9000), f"{SHARD}: not a whole safetensors file"),

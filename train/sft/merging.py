@@ -33,15 +33,15 @@ RENAMED = ((".mlp.shared_experts.", ".mlp.shared_mlp."), (".gate_proj", ".linear
 MERGED_TOO = (".weight", "experts.gate_up_proj", "experts.down_proj")  # ends of target_parameters that are merged
 # Keys of adapter_config.json that make more of it than W + scaling * B @ A; so do other initialisations (PiSSA ...).
 BEYOND_LORA = (
-    "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication", "lora_bias",
-    "fan_in_fan_out", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "kasa_config",
+    "modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias", "fan_in_fan_out", "arrow_config",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "kasa_config", "rank_pattern", "alpha_pattern",
 )  # fmt: skip
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 ALL = slice(None)
-# What a tensor of the base gains: keys of the adapter, a factor; how many experts are stacked in these, which of them
+# What a tensor of the base gains: keys of the adapter; how many experts are stacked in these, which of them
 # the tensor holds, and which rows of their lora_B are its own. A linear layer is one expert.
-Update = namedtuple("Update", "lora_A lora_B magnitude scaling experts which rows")
+Update = namedtuple("Update", "lora_A lora_B magnitude experts which rows")
 Parts = list[tuple[str, slice, slice]]  # (tensor of the base, which experts, rows)
 
 
@@ -50,28 +50,22 @@ class Adapter:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.settings = read_json(directory / "adapter_config.json")
+        settings = read_json(directory / "adapter_config.json")
         self.file = open_tensors(directory / ADAPTER_FILE)
         self.shapes = {key: tuple(self.file.get_slice(key).get_shape()) for key in self.file.keys()}  # noqa: SIM118
-        self.is_dora = bool(self.settings.get("use_dora"))
-        targets = self.settings.get("target_parameters") or []
-        self.settings["target_parameters"] = [target for target in targets if not target.endswith(MERGED_TOO)]
-        beyond = [key for key in BEYOND_LORA if self.settings.get(key)]
-        if self.settings.get("init_lora_weights", True) not in PLAIN_INITS:
-            beyond.append("init_lora_weights")
+        self.is_dora, self.rank = bool(settings.get("use_dora")), settings.get("r", 8)
+        self.scaling = settings.get("lora_alpha", 8) / (self.rank**0.5 if settings.get("use_rslora") else self.rank)
+        beyond = {key: settings[key] for key in BEYOND_LORA if settings.get(key)}
+        if others := [target for target in settings.get("target_parameters") or () if not target.endswith(MERGED_TOO)]:
+            beyond["target_parameters"] = others
+        if (init := settings.get("init_lora_weights", True)) not in PLAIN_INITS:
+            beyond["init_lora_weights"] = init
         if beyond:
-            found = first_few([f"{key}={self.settings[key]}" for key in beyond])
+            found = first_few([f"{key}={value}" for key, value in beyond.items()])
             why = "only LoRA and DoRA on linear layers and experts are merged; use it with PEFT on top of its base"
             raise Refused(f"{directory / 'adapter_config.json'}: {found}: {why}")
         if not any(math.prod(shape) for shape in self.shapes.values()):
             raise Refused(f"{directory}: the adapter holds no tensors, or only empty ones; save it again")
-
-    def setting(self, name: str, patterns: str, module: str) -> float:
-        """`name` of a module as PEFT resolves it: by the first pattern that matches, else for all, 8 by default."""
-        for pattern, value in (self.settings.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return self.settings.get(name, 8)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 (the experts of a layer share a factor; one object a merge)
     def factor(self, key: str) -> torch.Tensor:
@@ -110,9 +104,7 @@ def place(adapter: Adapter, prefix: str, shapes: dict[str, tuple]) -> dict[str, 
     magnitude = f"{prefix}.lora_magnitude_vector" if adapter.is_dora else None
     shape_A, shape_B = adapter.shapes[lora_A], adapter.shapes.get(lora_B, (0,))
     delta = (*shape_B[:1], *shape_A[1:])  # the shape of lora_B @ lora_A
-    rank = adapter.setting("r", "rank_pattern", module)
-    alpha = adapter.setting("lora_alpha", "alpha_pattern", module)
-    scaling = alpha / (math.sqrt(rank) if adapter.settings.get("use_rslora") else rank)
+    rank = adapter.rank
     if re.search(r"\.experts(\.base_layer)?$", module):
         experts = shape_A[0] // rank
         parts = parts_of_experts(module.removesuffix(".base_layer"), experts, delta, shapes)
@@ -129,7 +121,7 @@ def place(adapter: Adapter, prefix: str, shapes: dict[str, tuple]) -> dict[str, 
     is_ranked = (shape_A[0], *shape_B[1:]) == (rank * experts, rank * experts)
     if not is_ranked or (magnitude and adapter.shapes.get(magnitude) != delta[:1]):
         adapter.refuse(module, "rank or magnitude are not as adapter_config.json says")
-    return {name: Update(lora_A, lora_B, magnitude, scaling, experts, *part) for name, *part in parts}
+    return {name: Update(lora_A, lora_B, magnitude, experts, *part) for name, *part in parts}
 
 
 def parts_of_experts(module: str, experts: int, delta: tuple, shapes: dict[str, tuple]) -> Parts:
@@ -161,7 +153,7 @@ def merged(tensor: torch.Tensor, update: Update, adapter: Adapter, dtype: torch.
     lora_B = lora_B[update.which, update.rows]
     result, shape = torch.empty_like(tensor, dtype=dtype), (-1, *tensor.shape[-2:])
     for into, weight, A, B in zip(result.view(shape), tensor.view(shape), lora_A, lora_B, strict=True):
-        weight = torch.addmm(weight.float(), B, A, alpha=update.scaling)
+        weight = torch.addmm(weight.float(), B, A, alpha=adapter.scaling)
         if update.magnitude:  # DoRA (Liu et al. 2024, equation 5)
             weight *= (adapter.factor(update.magnitude) / torch.linalg.norm(weight, dim=1))[:, None]
         into.copy_(weight)
@@ -199,8 +191,8 @@ def plan_files(base: ModelDirectory, asked: str | None, max_shard_size: int) -> 
         filled += size
         total_size += size
     if len(files) > len({file for file, _ in files}):
-        numbers = range(1, len(files) + 1)
-        files = [(f"model-{n:05d}-of-{len(files):05d}.safetensors", names) for n, (_, names) in zip(numbers, files)]
+        last = len(files)
+        files = [(f"model-{n:05d}-of-{last:05d}.safetensors", names) for n, (_, names) in enumerate(files, 1)]
     return Plan(dtype, dtypes, files, total_size)
 
 

@@ -59,11 +59,10 @@ class ModelDirectory:
             raise Refused(f"{self.name}: is an adapter and not a model")
         if not (self.path / "config.json").is_file():
             raise Refused(f"{self.name}: has no config.json")
-        if not self.has_safetensors and not any(self.path.glob("pytorch_model*.bin")):
+        if not self.tensors and not any(self.path.glob("pytorch_model*.bin")):
             raise Refused(f"{self.name}: holds no weights (*.safetensors)")
         if self.config.get("quantization_config"):
             raise Refused(f"{self.name}: is quantised (quantization_config in config.json): use its base")
-        _ = self.tensors  # reads the headers
         if self.brings_old_code and self.trusted:
             for file in code_files(self.path, self.auto_map):
                 if not (self.path / file).is_file():
@@ -83,18 +82,15 @@ class ModelDirectory:
         return read_json(self.path / "config.json") if self.path else {}
 
     @cached_property
-    def has_safetensors(self) -> bool:
-        return self.path is not None and any(self.path.glob("*.safetensors"))
-
-    @cached_property
     def headers(self) -> tuple[dict[str, Any], dict[str, Stored]]:
-        """(model.safetensors.index.json or {}, {name: Stored} file by file)."""
-        return read_headers(self.path)
+        """(model.safetensors.index.json or {}, {name: Stored} file by file); two {} where the weights are in files of
+        another kind."""
+        return read_headers(self.path) if self.path and any(self.path.glob("*.safetensors")) else ({}, {})
 
-    @cached_property
+    @property
     def tensors(self) -> dict[str, Stored]:
         """{name: Stored}; {} where the weights are in files of another kind."""
-        return self.headers[1] if self.has_safetensors else {}
+        return self.headers[1]
 
     def values(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The directory's own values of the named tensors."""
@@ -138,7 +134,7 @@ class ModelDirectory:
     def check_tensors(self, cls: type, config: Any) -> None:
         """Refuse tensors that are not those of the class, under every ZeRO stage alike and before they are read: under
         ZeRO-3 from_pretrained does not tell of what is unexpected, and of shapes on one rank only."""
-        if not self.has_safetensors:
+        if not self.tensors:
             return
         model = build_on_meta(cls, config)
         self.examine(model)

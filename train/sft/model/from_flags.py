@@ -9,13 +9,10 @@ from sft.arguments import ModelArguments
 from sft.messages import Refused, choice
 
 
-def model_type(args: ModelArguments) -> str:
-    return "hunyuan_v1_moe" if args.num_experts > 1 else "hunyuan_v1_dense"
-
-
 def check_architecture(args: ModelArguments) -> None:
     """Refuse architecture flags that hunyuan_v1_dense and hunyuan_v1_moe cannot express."""
-    moe, kind = args.num_experts > 1, model_type(args)
+    moe = args.num_experts > 1
+    kind = "hunyuan_v1_moe" if moe else "hunyuan_v1_dense"
     width, heads = args.intermediate_size, args.num_attention_heads
     for wrong, flag, why in (
         (args.use_cla, "use_cla", "has no cross-layer attention"),
@@ -51,9 +48,10 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **opti
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    kind = "hunyuan_v1_dense"
     if args.num_experts > 1:
-        shape |= dict(num_experts=args.num_experts, moe_topk=args.moe_topk)
-    config = AutoConfig.for_model(model_type(args), **shape)
+        kind, shape = "hunyuan_v1_moe", shape | dict(num_experts=args.num_experts, moe_topk=args.moe_topk)
+    config = AutoConfig.for_model(kind, **shape)
     why = f"built from the architecture flags, with random weights: --num_experts {args.num_experts}"
     choice("model", config.model_type, why)
     return AutoModelForCausalLM.from_config(config, **options)

@@ -26,11 +26,8 @@ def moe_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def route_in_fp32(model: PreTrainedModel) -> None:
-    """Make routers multiply in fp32, whatever the dtype of their weight is.
-
-    ZeRO casts the weight to half precision, and transformers' hunyuan_v1_moe then multiplies in half precision.
-    Autocast would do so on any class.
-    """
+    """Make routers multiply in fp32. transformers' hunyuan_v1_moe does so in the dtype of the weight, which ZeRO casts
+    to half precision; autocast would do the same to any class."""
 
     def linear(weight_of: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -96,11 +93,8 @@ class Routers(TrainerCallback):
 
     @contextmanager
     def watch(self, attention_mask: torch.Tensor | None) -> Iterator[None]:
-        """See the routers of one forward pass, but not when activation checkpointing repeats it.
-
-        Args:
-            attention_mask: (batch, length), 0 where there is padding; None where there is none.
-        """
+        """See the routers of one forward pass, but not when activation checkpointing repeats it. The mask is (batch,
+        length), 0 where there is padding; None where there is none."""
         self.seen, self.mask, self.watching = [], attention_mask, True
         try:
             yield
@@ -154,9 +148,8 @@ def load_balancing_loss(seen: list[tuple[torch.Tensor, torch.Tensor]], real: tor
     """E · Σ f_e · P_e over the E experts: equations (4) to (6) of Switch Transformer (Fedus et al. 2021), for k
     experts a token. It is k when the load is even.
 
-    f_e is the share of real tokens that were sent to expert e (the shares add up to k). P_e is the mean of the softmax
-    of the router's logits. Both are over the tokens of all layers, as transformers computes it for its own classes.
-    f_e counts the experts that were really chosen, because Hy3 adds a correction to its scores before it chooses.
+    f_e is the share of real tokens that were sent to expert e, really sent: Hy3 adds a correction to its scores before
+    it chooses. P_e is the mean of the softmax of the router's logits. Both are over the tokens of all layers.
 
     Args:
         seen: for each layer its logits (tokens, experts) and its chosen experts (tokens, k).

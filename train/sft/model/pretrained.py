@@ -4,7 +4,6 @@ Refused (exit code 2): a tokenizer that does not load or has no chat template; a
 whole; code that may not run.
 """
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +76,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, is_trainable: bool = Fal
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=is_trainable)
+        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=is_trainable)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise Refused(f"{adapter}: the adapter does not load: {in_one_line(error)}") from error
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()

@@ -4,7 +4,6 @@ Refuses (exit code 2) files that are missing, cut, or not as their index says.
 """
 
 import copy
-import shlex
 from collections import namedtuple
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +17,6 @@ from sft.messages import Refused, first_few, read_json
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors headers spell them
 BIN_INDEX = "pytorch_model.bin.index.json"
-CONVERT = f"cd {shlex.quote(str(Path(__file__).parents[2]))} && python -m sft.model.to_safetensors"
 
 Stored = namedtuple("Stored", "file shape dtype")  # a tensor, as its file's header describes it
 
@@ -34,14 +32,8 @@ def open_tensors(path: Path) -> Any:
 
 def read_headers(directory: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     """(index, {name: Stored} file by file) of a directory's weights; no index is {}."""
-    index: dict[str, Any] = {}
-    if not (directory / "model.safetensors").is_file():  # loaders, too, look for it first
-        if not (directory / INDEX).is_file():
-            path = shlex.quote(str(directory.resolve()))
-            old = any(directory.glob("pytorch_model*.bin"))
-            advice = f". Convert its pytorch_model*.bin: {CONVERT} {path} NEW_DIR" if old else ""
-            raise Refused(f"{directory}: holds no model.safetensors and no {INDEX}{advice}")
-        index = read_json(directory / INDEX)
+    whole = (directory / "model.safetensors").is_file()  # loaders, too, look for it first
+    index = {} if whole else read_json(directory / INDEX)
     places, tensors = index.get("weight_map", {}), {}
     for file in sorted(set(places.values())) or ["model.safetensors"]:
         handle = open_tensors(directory / file)

@@ -24,17 +24,15 @@ def split_adapter(given: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
         why = "is no LoRA adapter" if base else "names no base: write its path to base_model_name_or_path there"
         raise Refused(f"--model_name_or_path {adapter}: its adapter_config.json {why}")
     means = {flag: settings[flag] for flag in SETTINGS if settings.get(flag) is not None}
-    means |= {"lora_rank": settings["r"], "use_lora": True}
+    means |= {"lora_rank": settings.get("r", 8), "use_lora": True}
     if differ := {flag: value for flag, value in means.items() if given.get(flag, value) != value}:
         what = ", ".join(f"--{flag} {given[flag]} (the adapter: {value})" for flag, value in differ.items())
-        it = "is an adapter, and these differ from it"
-        raise Refused(f"--model_name_or_path {adapter}: {it}: {what}. Leave them out")
+        why = f"is an adapter, and these differ from it: {what}. Leave them out"
+        raise Refused(f"--model_name_or_path {adapter}: {why}")
     given["model_name_or_path"] = base
     modules = settings.get("target_modules") or []
     targets = [modules] if isinstance(modules, str) else sorted(modules)
-    means["lora_target_modules"] = targets + (
-        settings.get("target_parameters") or []
-    )  # given ones: where the model is
+    means["lora_target_modules"] = targets + (settings.get("target_parameters") or [])  # lora.py compares given ones
     if tokenizer := tokenizer_beside(adapter):
         means["tokenizer_name_or_path"] = str(tokenizer)
     return adapter, means
