@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from sft.arguments import ModelArguments
 from sft.messages import Refused, choice, first_few
-from sft.model.moe import moe_layers
 from sft.model.pretrained import load_adapter
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -46,35 +45,34 @@ def kind_of(name: str) -> str:
     return next((kind for part, kind in PARTS.items() if part in f".{name}."), "head")
 
 
-def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> tuple[set[str], bool]:
-    """(names of the linear modules to adapt, whether the fused experts are adapted).
+def find_targets(model: PreTrainedModel, wanted: list[str] | None) -> set[str]:
+    """The names of the modules to adapt: linear layers, and with `experts` also those that hold fused experts.
 
     Args:
         wanted: names, `all-linear`, `shared_mlp`, `experts`; None: the attention's projections.
     """
     kinds = {name: kind_of(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    fused = [name.rpartition(".")[0] for name, _ in model.named_parameters() if name.endswith(FUSED)]
+    kinds |= dict.fromkeys(fused, "routed experts")
     if wanted is None:
         wanted = LATENT_ATTENTION if any(name.endswith(".kv_b_proj") for name in kinds) else ATTENTION
-    experts = "experts" in wanted and any(name.endswith(FUSED) for name, _ in model.named_parameters())
     names = set()
     for target in wanted:
         if target in MEANS:
             found = {n for n, kind in kinds.items() if kind in MEANS[target]}
         else:
             found = {n for n, kind in kinds.items() if kind in BY_NAME and is_named(n, target)}
-        if not found and not (target == "experts" and experts):
+        if not found:
             there = sorted({n.rpartition(".")[2] for n, kind in kinds.items() if kind not in ("router", "indexer")})
             others = {kinds.get(n, type(m).__name__) for n, m in model.named_modules() if is_named(n, target)}
             only = f"adapters are put on linear layers that are trained, not on a {first_few(sorted(others))}"
             why = only if others else "no such module"
             raise Refused(f"--lora_target_modules {target}: {why}; there are {', '.join(there)}")
         if "lm_head" in found and "lm_head.weight" in model.all_tied_weights_keys:
-            raise Refused(
-                f"--lora_target_modules {target}: the head is the embedding's own weight (tie_word_embeddings): an "
-                "adapter on it could not be merged. Leave it out"
-            )
+            why = "the head is the embedding's own weight (tie_word_embeddings): an adapter on it could not be merged"
+            raise Refused(f"--lora_target_modules {target}: {why}. Leave it out")
         names |= found
-    return names, experts
+    return names
 
 
 def is_named(name: str, target: str) -> bool:
@@ -88,16 +86,17 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, adapter: Path | No
 
     if adapter is not None:
         return take_up(model, args, adapter)
-    names, experts = find_targets(model, args.lora_target_modules)
-    counts = Counter(map(kind_of, names)) + Counter({"layers of fused experts": len(moe_layers(model)) * experts})
+    names = find_targets(model, args.lora_target_modules)
+    counts = Counter(map(kind_of, names))
     why = " ".join(args.lora_target_modules or ["the attention's projections"])
     choice("LoRA", ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())), why)
-    # a weight by its own name is left alone
+    # PEFT takes fused experts by the names of their weights, and leaves a weight by its own name as it is.
+    fused = {name for name in names if is_named(name, "experts")}
     rewritten = {n for n in names if model.config.model_type == "hunyuan_v1_moe" and n.rpartition(".")[2] in REWRITTEN}
-    parameters = [f"{name}.weight" for name in sorted(rewritten)] + list(FUSED) * experts
+    parameters = [f"{name}.weight" for name in sorted(rewritten)] + (list(FUSED) if fused else [])
     for wrong, flag in ((args.lora_dropout, "--lora_dropout"), (args.use_dora, "--use_dora")):
         if parameters and wrong:
-            what = "experts" if experts else "shared_mlp, on this class,"
+            what = "experts" if fused else "shared_mlp, on this class,"
             raise Refused(f"{flag}: PEFT cannot do it on {what}: leave it out, or them")
     config = LoraConfig(
         r=args.lora_rank,
@@ -105,7 +104,7 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, adapter: Path | No
         lora_dropout=args.lora_dropout,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
-        target_modules=sorted(names - rewritten),  # PEFT shortens a long list
+        target_modules=sorted(names - rewritten - fused),  # PEFT shortens a long list
         target_parameters=parameters or None,
         task_type="CAUSAL_LM",
     )
@@ -117,9 +116,9 @@ def take_up(model: PreTrainedModel, args: ModelArguments, adapter: Path) -> PreT
     given = args.adapter and "lora_target_modules" in args.given
     asked = find_targets(model, args.lora_target_modules) if given else None
     model = load_adapter(model, adapter, is_trainable=True)
-    adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
-    names = {name for name in adapted if not f"{name}.".endswith((".experts.", ".experts.base_layer."))}
-    if asked and asked != (names, names != adapted):
+    modules = model.get_base_model().named_modules()
+    adapted = {name.removesuffix(".base_layer") for name, module in modules if hasattr(module, "lora_A")}
+    if asked and asked != adapted:
         targets = " ".join(args.lora_target_modules or [])
         raise Refused(f"--lora_target_modules {targets}: not what the adapter {adapter} is on: leave the flag out")
     return model
