@@ -8,7 +8,6 @@ misshapen: they would be trained from random values, or lost when saving.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -56,7 +55,7 @@ class ModelDirectory:
         if not self.path.is_dir():
             raise Refused(f"{self.name}: no such directory (looked in {Path.cwd()})")
         if is_adapter(self.path):
-            raise Refused(f"{self.name}: is an adapter and not a model")
+            raise Refused(f"{self.name}: is an adapter and not a model; of a hub id: hf download it, and give DIR")
         if not (self.path / "config.json").is_file():
             raise Refused(f"{self.name}: has no config.json")
         if not self.tensors and not any(self.path.glob("pytorch_model*.bin")):
@@ -163,12 +162,12 @@ class ModelDirectory:
 
     @cached_property
     def dtype(self) -> str:
-        """The dtype that most bytes of the directory have, as headers spell it."""
-        stored: Counter[str] = Counter()
-        for tensor in self.tensors.values():
-            if tensor.dtype in DTYPES:
-                stored[tensor.dtype] += DTYPES[tensor.dtype].itemsize * math.prod(tensor.shape)
-        return max(DTYPES, key=lambda dtype: stored[dtype])
+        """The dtype of most numbers in the directory, as headers spell it."""
+
+        def numbers(dtype: str) -> int:
+            return sum(math.prod(tensor.shape) for tensor in self.tensors.values() if tensor.dtype == dtype)
+
+        return max(DTYPES, key=numbers)
 
     @cached_property
     def fp32_names(self) -> set[str]:
@@ -210,9 +209,8 @@ class ModelDirectory:
         that make a tokenizer, a chat template among them, the tokenizer's alone. Prints what else is there."""
         found = files_of_a_model(self.tokenizer_path) if self.tokenizer_path else {}
         if self.path and not self.path.samefile(self.tokenizer_path):
-            code = code_files(
-                self.path, {key: value for key, value in self.auto_map.items() if key != "AutoTokenizer"}
-            )
+            auto_map = {key: value for key, value in self.auto_map.items() if key != "AutoTokenizer"}
+            code = code_files(self.path, auto_map)
             for name, path in files_of_a_model(self.path).items():
                 if name in code or not (name.endswith(".py") or OF_A_TOKENIZER.fullmatch(name)):
                     found[name] = path

@@ -1,6 +1,6 @@
 """Hub ids: the files that a model or a tokenizer needs are fetched into the hub's cache.
 
-Refused (exit code 2): the id of an adapter, one that does not exist, a hub that cannot be reached.
+Refused (exit code 2): an id that does not exist, a hub that cannot be reached.
 """
 
 import os
@@ -10,7 +10,6 @@ from huggingface_hub import snapshot_download
 
 from sft.arguments import ModelArguments
 from sft.messages import Refused, in_one_line
-from sft.model.files import is_adapter
 
 # As fnmatch takes it; and not from folders, but for additional_chat_templates.
 FETCHED = ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.py", "*.tiktoken", "*.model", "*.vocab"]
@@ -27,9 +26,6 @@ def fetch(args: ModelArguments) -> None:
         directory = fetch_files(flag, path, ["*.safetensors"] if flag.startswith("model") else [], args.cache_dir)
         if flag.startswith("model") and not any(Path(directory).glob("*.safetensors")):
             fetch_files(flag, path, ["pytorch_model*.bin"], args.cache_dir)
-        if is_adapter(directory):
-            how = f"fetch it (hf download {path} --local-dir DIR) and give DIR"
-            raise Refused(f"--{flag} {path}: is an adapter: {how}")
         setattr(args, flag, directory)
         args.hub_ids[directory] = path
 
