@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from sft.arguments import DataArguments, ModelArguments
 from sft.data.tokenized import tokenizer_digest
 from sft.messages import Refused, choice, note, read_json
-from sft.model.adapter_base import base_digest, check_base, use_code
+from sft.model.adapter_base import base_digest, check_base
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE, write_json
 from sft.model.generations import report_code
-from sft.model.load import fetch, open_directory
+from sft.model.hub import fetch
+from sft.model.load import check_own_code, open_directory
 from sft.model.pretrained import load_tokenizer
 from sft.model.weight_files import INDEX, open_tensors
 from sft.training.choose import fault_on_any_rank, kind_of
@@ -52,16 +53,17 @@ def find_start(args: ModelArguments, data: DataArguments, training: TrainingArgu
     named = args.model_name_or_path
     checkpoint = find_checkpoint(args, training)
     fetch(args)  # the base that a resumed adapter names
-    directory = open_directory(args, data.packing)
+    directory = open_directory(args)
     if training.use_liger_kernel:
         check_liger(directory)
     if args.adapter:
         choice("adapter", args.adapter, f"of the base {named}; the training begins at step 0 from it")
     adapter = checkpoint if args.use_lora and checkpoint else args.adapter
     if adapter:
-        use_code(directory, check_base(adapter, directory, args.any_base))
+        check_base(adapter, directory, args.any_base)
     elif args.any_base:
         note("--any_base has no effect: no adapter is loaded")
+    check_own_code(directory, data.packing, training.label_smoothing_factor)
     report_code(directory)
     tokenizer = load_tokenizer(directory.tokenizer_path, directory.tokenizer_trusted)
     rows = directory.config.get("vocab_size", len(tokenizer))
