@@ -145,7 +145,7 @@ def run_once(command: list[str], given: dict[str, Any], log: Path | None) -> tup
     for number in before:
         signal.signal(number, take)
     job = {"command": command, "world_size": sum(node.slots for node in nodes), "nodes": len(nodes)}
-    job |= {"master": [nodes[0].host if several else "127.0.0.1", port], "output": given.get("output_dir")}
+    job["master"] = [nodes[0].host if several else "127.0.0.1", port]
     parts = [job | {name: getattr(node, name) for name in ("number", "host", "slots", "first_rank")} for node in nodes]
     if several:
         for node, part in zip(nodes, parts, strict=True):

@@ -19,9 +19,11 @@ from sft.arguments import TrainingArguments
 from sft.messages import in_units, note
 from sft.training.environment import ranks_of_this_disk, refuse_together
 from sft.training.manifest import checkpoints_in, is_whole
+from sft.training.progress import number_of_parameters
 from sft.training.save import save_dtype
 
 # torch.save, also DeepSpeed's, does not say what the system said
+TORCH_FAILED = -1
 TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|iostream error|cannot be opened|Parent directory")
 
 
@@ -33,12 +35,9 @@ def checkpoint_bytes(model: PreTrainedModel, args: TrainingArguments) -> int:
     Optimizer: for each trained parameter 8 (Adam's moments; other optimizers see `moments`); under ZeRO 4 more for
     the fp32 master. None with --save_only_model. With --save_on_each_node ZeRO's state is divided among the nodes.
     """
-    sizes = {True: 0, False: 0}  # numbers that are trained, and that are not
-    for parameter in model.parameters():
-        sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
-    trained, saved = sizes[True], sizes[True] if hasattr(model, "peft_config") else sum(sizes.values())
-    half = bool(args.deepspeed) and not hasattr(model, "peft_config")
-    total = saved * (save_dtype(args).itemsize if half else 4)
+    is_adapter, trained = hasattr(model, "peft_config"), number_of_parameters(model, trained=True)
+    saved = trained if is_adapter else number_of_parameters(model)
+    total = saved * (save_dtype(args).itemsize if args.deepspeed and not is_adapter else 4)
     if args.save_only_model:
         return total
     stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0) if args.deepspeed else None
@@ -104,16 +103,13 @@ def why_not_saved(place: Path, size: int, error: Exception) -> str | None:
     if number is None:
         return f"failed: {error}" if isinstance(error, OSError) else None
     why = os.strerror(number)
-    if number == errno.ENOENT:
-        why = "the directory was replaced" if output.exists() else "the directory is gone"
+    if number == errno.ENOENT and not output.exists():
+        why = "the directory is gone"
     if number in (errno.ENOSPC, errno.EDQUOT):
         needed = size - written - free
         why += f": {in_units(free)} are free in {output}" + f", {in_units(needed)} more are needed" * (needed > 0)
     whole = [path.name for path in checkpoints_in(output) if is_whole(path)]
     return f"failed: {place} could not be saved: {why}. Newest whole checkpoint: {whole[-1] if whole else 'none'}"
-
-
-TORCH_FAILED = -1
 
 
 def error_number(error: BaseException | None) -> int | None:

@@ -3,10 +3,8 @@
 Refused (exit code 2), where a run goes on: flags that make it another run.
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from sft.training.rates import set_lowest_rate
 from sft.training.record import new_record, read_record
 from sft.training.reshard import steps_for_ranks
 from sft.training.resume import read_trainer_state
-from sft.training.try_out import try_out
+from sft.training.try_out import refusing, try_out
 
 # What checkpoints of earlier releases, and of other programs, do not say.
 MUST_BE_KNOWN = ("max_seq_length", "packing", "train_on", "overlong")
@@ -80,17 +78,6 @@ def export_keys(config: dict[str, Any]) -> None:
     for name, section in config.items():
         if isinstance(section, dict) and section.get("api_key"):
             os.environ[f"{name.upper()}_API_KEY"] = str(section.pop("api_key"))
-
-
-@contextlib.contextmanager
-def refusing() -> Iterator[None]:
-    """What Hugging Face's and DeepSpeed's arguments raise becomes Refused, in one line."""
-    try:
-        yield
-    except Refused:
-        raise
-    except Exception as error:
-        raise Refused(f"{' '.join(str(error).split())} ({type(error).__name__})") from error
 
 
 # ------------------------------------------------------------------------------------------------ the same run

@@ -23,15 +23,8 @@ from sft.model.moe import first_of
 from sft.training.probe import Probe
 
 # dense bf16 FLOP/s of one device, by a part of its name (the makers' data sheets)
-PEAK_FLOPS = {
-    "H20": 148e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-}
+PEAK_FLOPS = {"H20": 148e12, "H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12}
+PEAK_FLOPS |= dict.fromkeys(("H100", "H200", "H800"), 989e12)
 
 
 class ProgressLine(ProgressCallback):
@@ -206,8 +199,7 @@ def report_end(trainer: Any, figures: dict[str, Any], seconds: float) -> None:
     """Say how a run went that has ended, and what may come next."""
     output, rate = Path(trainer.args.output_dir), figures["tokens_per_second"]
     said = [f"train_loss {figures['train_loss']:.6f}", f"{timedelta(seconds=round(seconds))}"]
-    said += [f"{rate:.0f} tokens/s"] if rate else []
-    said.append(f"at most {in_units(figures['peak_memory_bytes'])} of memory")
+    said += [f"{rate:.0f} tokens/s"] * bool(rate) + [f"at most {in_units(figures['peak_memory_bytes'])} of memory"]
     if best := trainer.state.best_model_checkpoint:
         said.append(f"best {Path(best).name} ({trainer.args.metric_for_best_model} {trainer.state.best_metric:.6f})")
     note(", ".join(said))
