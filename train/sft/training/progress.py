@@ -199,7 +199,8 @@ def report_end(trainer: Any, figures: dict[str, Any], seconds: float) -> None:
     """Say how a run went that has ended, and what may come next."""
     output, rate = Path(trainer.args.output_dir), figures["tokens_per_second"]
     said = [f"train_loss {figures['train_loss']:.6f}", f"{timedelta(seconds=round(seconds))}"]
-    said += [f"{rate:.0f} tokens/s"] * bool(rate) + [f"at most {in_units(figures['peak_memory_bytes'])} of memory"]
+    said += [f"{rate:.0f} tokens/s"] if rate else []
+    said.append(f"at most {in_units(figures['peak_memory_bytes'])} of memory")
     if best := trainer.state.best_model_checkpoint:
         said.append(f"best {Path(best).name} ({trainer.args.metric_for_best_model} {trainer.state.best_metric:.6f})")
     note(", ".join(said))
