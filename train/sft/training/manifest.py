@@ -101,9 +101,9 @@ def write_manifest(checkpoint: Path, args: TrainingArguments, hashed: Hashed | N
     Raises OSError where the saving rank does not see another's files."""
     disk, hashed = ranks_of_this_disk(args), begin_hashing(checkpoint, args) if hashed is None else hashed
     own = {name: entry.result() for name, entry in hashed.items()}
-    ranks = from_all_ranks(own) if args.world_size > 1 else [own]
+    ranks = from_all_ranks(own)
     if args.should_save:
-        files = {name: entry for theirs in ranks[disk.start : disk.stop] for name, entry in theirs.items()}
+        files = {name: entry for rank in disk for name, entry in ranks[rank].items()}
         deadline = time.monotonic() + SEEN_WITHIN
         while fault := wrong_size(checkpoint, files):
             if time.monotonic() > deadline:

@@ -176,13 +176,9 @@ def make_way(args: TrainingArguments, earlier_run: bool) -> None:
 
 
 def step_begun(args: TrainingArguments) -> int:
-    """The step of the checkpoint in output_dir that the run goes on from, which may be a symlink; 0 where there is
-    none."""
-    checkpoint, output = Path(args.resume_from_checkpoint or ""), Path(args.output_dir).resolve()
-    for path in (checkpoint.absolute(), checkpoint.resolve()):
-        if args.resume_from_checkpoint and path.parent.resolve() == output and path in checkpoints_in(path.parent):
-            return step_of(path)
-    return 0
+    """The step of the checkpoint in output_dir that the run goes on from, 0 where there is none."""
+    here = checkpoints_in(Path(args.output_dir)) if args.resume_from_checkpoint else []
+    return next((step_of(path) for path in here if path.samefile(args.resume_from_checkpoint)), 0)
 
 
 def keep_step(args: TrainingArguments, step: int) -> None:

@@ -127,8 +127,7 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
 def refuse_another_run(checkpoint: Path, plan: dict[str, Any], given: dict[str, Any]) -> None:
     """Refuse flags that differ from the earlier run's and decide what is computed."""
     known = dict(plan)
-    own = {*fields.MAY_CHANGE, *fields.NO_EFFECT_ON_RUN, *fields.BY_CONTENT}
-    asked = {name: value for name, value in given.items() if name not in own}
+    asked = {name: given[name] for name in given if name in fields.DECIDES and name not in fields.BY_CONTENT}
     fixed = set(fields.FIXED)
     if "deepspeed" in asked:
         now, then = zero_of(asked.pop("deepspeed"), plan), zero_of(known.get("deepspeed"), plan)

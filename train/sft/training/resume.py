@@ -110,10 +110,6 @@ def find_checkpoint(args: ModelArguments, training: TrainingArguments) -> Path |
         return None
     directory = Path(training.resume_from_checkpoint)
     if not args.use_lora:
-        given = Path(args.model_name_or_path or directory, "config.json")
-        kinds = [read_json(file).get("model_type") for file in (given, directory / "config.json") if file.is_file()]
-        if len(set(kinds)) > 1:
-            raise Refused(f"--model_name_or_path {given.parent}: is a {kinds[0]}, the checkpoint is a {kinds[1]}")
         args.model_name_or_path = str(directory)
     else:
         open_tensors(directory / ADAPTER_FILE)
