@@ -23,15 +23,8 @@ from sft.model.moe import first_of
 from sft.training.probe import Probe
 
 # dense bf16 FLOP/s of one device, by a part of its name (the makers' data sheets)
-PEAK_FLOPS = {
-    "H20": 148e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-}
+PEAK_FLOPS = {"H20": 148e12, "H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12}
+PEAK_FLOPS |= dict.fromkeys(("H100", "H200", "H800"), 989e12)
 
 
 class ProgressLine(ProgressCallback):

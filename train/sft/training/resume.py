@@ -33,7 +33,7 @@ from sft.training.go_on import losses_so_far
 from sft.training.output_dir import has_stopped_early, read_if_whole
 from sft.training.progress import Meter
 from sft.training.record import compare, record_start
-from sft.training.reshard import check_shards, report_epoch_end, saved_by
+from sft.training.reshard import check_shards, saved_by
 from sft.training.save import save_dtype
 
 
@@ -92,11 +92,10 @@ def check_liger(directory: ModelDirectory) -> None:
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's trainer_state.json; refuses a directory that has none."""
-    file = checkpoint / "trainer_state.json"
-    state = read_json(file) if file.is_file() else {}
-    if not {"global_step", "log_history"} <= set(state) or (checkpoint / "train_results.json").exists():
+    state, is_run = read_if_whole(checkpoint / "trainer_state.json"), (checkpoint / "train_results.json").exists()
+    if is_run or not {"global_step", "log_history"} <= state.keys():
         why = "it has no whole trainer_state.json" if checkpoint.is_dir() else "no such directory"
-        why = "it is a run's directory without checkpoints" if (checkpoint / "train_results.json").exists() else why
+        why = "it is a run's directory without checkpoints" if is_run else why
         raise Refused(f"--resume_from_checkpoint {checkpoint}: is not a checkpoint ({why})")
     return state
 
@@ -113,10 +112,6 @@ def find_checkpoint(args: ModelArguments, training: TrainingArguments) -> Path |
         return None
     directory = Path(training.resume_from_checkpoint)
     if not args.use_lora:
-        given = Path(args.model_name_or_path or directory, "config.json")
-        kinds = [read_json(file).get("model_type") for file in (given, directory / "config.json") if file.is_file()]
-        if len(set(kinds)) > 1:
-            raise Refused(f"--model_name_or_path {given.parent}: is a {kinds[0]}, the checkpoint is a {kinds[1]}")
         args.model_name_or_path = str(directory)
     else:
         open_tensors(directory / ADAPTER_FILE)
@@ -208,7 +203,6 @@ def steps_left(checkpoint: Path, args: TrainingArguments, num_examples: int, giv
         return 0
     if end > state["global_step"]:
         check_training_state(checkpoint, args)
-        report_epoch_end(args.record.get("processes", args.world_size), args, num_examples)
     return max(0, end - state["global_step"])
 
 
