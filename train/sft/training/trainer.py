@@ -85,7 +85,7 @@ class Trainer(OtherRanks):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one step, whose tokens are counted."""
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, num_items_in_batch = super().get_batch_samples(self.meter.timed(epoch_iterator), num_batches, device)
         numbers = [batch.pop("numbers") for batch in batches]
         self.finite.begin_step([[number for number in part if number != NO_ROW] for part in numbers])
         self.meter.count(batches, filling=FILLING * sum(part.count(NO_ROW) for part in numbers))
