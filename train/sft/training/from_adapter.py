@@ -9,7 +9,13 @@ from typing import Any
 from sft.messages import Refused, read_json
 from sft.model.files import is_adapter, tokenizer_beside
 
-SETTINGS = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")  # flags that are keys of adapter_config.json
+SETTINGS = {  # flag: key of adapter_config.json
+    "lora_rank": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 
 
 def split_adapter(given: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
@@ -23,16 +29,21 @@ def split_adapter(given: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
     if settings.get("peft_type") != "LORA" or not base:
         why = "is no LoRA adapter" if base else "names no base: write its path to base_model_name_or_path there"
         raise Refused(f"--model_name_or_path {adapter}: its adapter_config.json {why}")
-    means = {flag: settings[flag] for flag in SETTINGS if settings.get(flag) is not None}
-    means |= {"lora_rank": settings.get("r", 8), "use_lora": True}
+    means = {flag: settings[key] for flag, key in SETTINGS.items() if settings.get(key) is not None}
+    means["use_lora"] = True
     if differ := {flag: value for flag, value in means.items() if given.get(flag, value) != value}:
         what = ", ".join(f"--{flag} {given[flag]} (the adapter: {value})" for flag, value in differ.items())
-        why = f"is an adapter, and these differ from it: {what}. Leave them out"
-        raise Refused(f"--model_name_or_path {adapter}: {why}")
+        raise Refused(
+            f"--model_name_or_path {adapter}: is an adapter, and these differ from it: {what}. Leave them out"
+        )
     given["model_name_or_path"] = base
-    modules = settings.get("target_modules") or []
-    targets = [modules] if isinstance(modules, str) else sorted(modules)
-    means["lora_target_modules"] = targets + (settings.get("target_parameters") or [])  # lora.py compares given ones
+    means["lora_target_modules"] = targets(settings)  # given ones are compared where the model is
     if tokenizer := tokenizer_beside(adapter):
         means["tokenizer_name_or_path"] = str(tokenizer)
     return adapter, means
+
+
+def targets(settings: dict[str, Any]) -> list[str]:
+    """What an adapter is on, as one list."""
+    modules = settings.get("target_modules") or []
+    return [*([modules] if isinstance(modules, str) else sorted(modules)), *(settings.get("target_parameters") or [])]
