@@ -105,7 +105,7 @@ def make_trainer(
         supervised_head=takes_supervised_head(model, training_args),
     )
     if data_args.packing != "none":
-        keep_rows_apart(model, training_args)
+        keep_rows_apart(model, training_args, model_args.use_flash_attn)
     callbacks = [probe] if probe else []
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))

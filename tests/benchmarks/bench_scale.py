@@ -47,7 +47,7 @@ def step(length: int, rows: int, vocabulary: int, plain: bool, repeats: int) -> 
     )  # fmt: skip
     model, head = HunYuanDenseV1ForCausalLM(config).train(), None
     if not plain:
-        keep_rows_apart(model, SimpleNamespace(device=torch.device("cpu"), bf16=False))
+        keep_rows_apart(model, SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False))
         head = compute_in_chunks(model, at_supervised=True, fp16=False)
     ids = np.arange(length) % vocabulary
     labels = np.where(np.arange(length) % 4 == 0, ids, -100)

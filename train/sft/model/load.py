@@ -4,15 +4,16 @@ Refused (exit code 2): what directory.py and pretrained.py refuse, FlashAttentio
 rows would run together.
 """
 
-import importlib.util
 import inspect
 import re
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_available
 
 from sft.arguments import ModelArguments, TrainingArguments
 from sft.messages import Refused, choice, note
@@ -82,9 +83,7 @@ def load_model(
     Args:
         checkpoint: of an adapter that is trained on; else the adapter that `args` names is, if any.
     """
-    attention = "flash_attention_2" if args.use_flash_attn else None
-    if attention:
-        check_flash_attention(training)
+    attention = flash_attention() if args.use_flash_attn else None
     options = {"dtype": load_dtype(args, training), "attn_implementation": attention}
     if directory.path is None:
         model = build_model(args, tokenizer, **options)
@@ -143,15 +142,21 @@ def load_dtype(args: ModelArguments, training: TrainingArguments) -> torch.dtype
     return dtype
 
 
-def check_flash_attention(training: TrainingArguments) -> None:
+def flash_attention() -> str | None:
+    """transformers' name of the FlashAttention that a package brings; None where there is none."""
+    installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_4": is_flash_attn_4_available}
+    return next((name for name, is_available in installed.items() if is_available()), None)
+
+
+def check_flash_attention(training: TrainingArguments, packing: str) -> None:
     """Refuse --use_flash_attn where it cannot run, with the reason."""
     if training.device.type != "cuda":
         raise Refused(f"--use_flash_attn: FlashAttention needs an NVIDIA GPU, this run is on {training.device.type}")
-    if importlib.util.find_spec("flash_attn") is None:
-        how = "pip install -r requirements-flash-attn.txt"
-        raise Refused(f"--use_flash_attn: the package flash_attn is not installed: {how}")
     if not (training.bf16 or training.fp16):
         raise Refused("--use_flash_attn: FlashAttention computes in half precision: add --bf16 (or --fp16)")
+    if flash_attention() is None and (packing == "none" or find_spec("torch.nn.attention.varlen") is None):
+        how = "pip install -r requirements-flash-attn.txt, or add --packing batch: PyTorch's own takes packed rows"
+        raise Refused(f"--use_flash_attn: neither flash_attn nor flash-attn-4 is installed: {how}")
 
 
 # -------------------------------------------------------------------------------------------------- what is trained

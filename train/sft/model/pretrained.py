@@ -15,6 +15,7 @@ from sft.messages import Refused, choice, first_few, in_one_line
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE, OF_A_TOKENIZER
 from sft.model.generations import native_class, why_not_native
+from sft.model.head import put_head
 from sft.model.weight_files import open_tensors
 
 
@@ -67,6 +68,7 @@ def load_pretrained(directory: ModelDirectory, **options: Any) -> PreTrainedMode
     # What check_tensors does not know: weights of other code, or in other files.
     mismatched = sorted(name for name, *_ in info["mismatched_keys"])
     directory.refuse_weights(missing=sorted(info["missing_keys"]), mismatched=mismatched)
+    put_head(model)
     return model
 
 

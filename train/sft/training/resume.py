@@ -24,7 +24,7 @@ from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE, write_json
 from sft.model.generations import report_code
 from sft.model.hub import fetch
-from sft.model.load import check_own_code, open_directory
+from sft.model.load import check_flash_attention, check_own_code, open_directory
 from sft.model.pretrained import load_tokenizer
 from sft.model.weight_files import INDEX, open_tensors
 from sft.training.choose import fault_on_any_rank, kind_of
@@ -56,6 +56,8 @@ def find_start(args: ModelArguments, data: DataArguments, training: TrainingArgu
     directory = open_directory(args)
     if training.use_liger_kernel:
         check_liger(directory)
+    if args.use_flash_attn:
+        check_flash_attention(training, data.packing)
     if args.adapter:
         choice("adapter", args.adapter, f"of the base {named}; the training begins at step 0 from it")
     adapter = checkpoint if args.use_lora and checkpoint else args.adapter
