@@ -33,7 +33,7 @@ from sft.training.go_on import losses_so_far
 from sft.training.output_dir import has_stopped_early, read_if_whole
 from sft.training.progress import Meter
 from sft.training.record import compare, record_start
-from sft.training.reshard import check_shards, saved_by
+from sft.training.reshard import check_shards, saved_by, shards_in
 from sft.training.save import save_dtype
 
 
@@ -157,33 +157,25 @@ def check_training_state(checkpoint: Path, args: TrainingArguments) -> None:
     table: one that is cut has none.
     """
     advice = "To begin anew from its weights, give it as --model_name_or_path"
-    deepspeed, world_size = bool(args.deepspeed), saved_by(checkpoint, args.world_size)
-    others = world_size != args.world_size
-    if deepspeed and others:
+    engine = args.hf_deepspeed_config.config if args.deepspeed else {}
+    before, here = saved_by(checkpoint, args.world_size), ranks_of_this_disk(args)
+    needed = [checkpoint / ("latest" if engine else "optimizer.pt")]
+    if not (engine.get("scheduler") or engine.get("optimizer")):  # else it is in the engine's states
+        needed.append(checkpoint / "scheduler.pt")
+    if before == args.world_size:
+        needed += [checkpoint / ("rng_state.pth" if before == 1 else f"rng_state_{rank}.pth") for rank in here]
+    elif engine:
         check_shards(checkpoint, args)
-    engine = args.hf_deepspeed_config.config if deepspeed else {}
-    here = range(world_size) if others else ranks_of_this_disk(args)
-    ranks = [""] if world_size == 1 else [f"_{rank}" for rank in here]
-    own_scheduler = engine.get("scheduler") or engine.get("optimizer")  # then it is in the engine's states
-    needed = [] if own_scheduler else [checkpoint / "scheduler.pt"]
-    needed += [] if others else [*(checkpoint / f"rng_state{rank}.pth" for rank in ranks)]
-    if not deepspeed:
-        needed.insert(0, checkpoint / "optimizer.pt")
-    elif (checkpoint / "latest").is_file():
-        states = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    if engine and needed[0].is_file():
+        states = checkpoint / needed.pop(0).read_text(encoding="utf-8").strip()
         needed += [states, *states.glob("*.pt")]
-        number = len(list(states.glob("*optim_states.pt")))
-        fits = number == world_size or args.save_on_each_node and number == len(here)
-        if states.is_dir() and not fits and engine.get("zero_optimization", {}).get("stage", 0) > 0:
-            raise Refused(
-                f"--resume_from_checkpoint {checkpoint}: holds the optimizer states of {number} of {len(here)} ranks. "
-                + advice
-            )
-    else:
-        needed.insert(0, checkpoint / "latest")
+        number, stage = len(shards_in(checkpoint)), engine.get("zero_optimization", {}).get("stage", 0)
+        if states.is_dir() and stage > 0 and number not in (before, len(here)):
+            what = f"holds the optimizer states of {number} of {len(here)} ranks"
+            raise Refused(f"--resume_from_checkpoint {checkpoint}: {what}. {advice}")
     for file in needed:
         why = "missing" if not file.exists() else "not whole"
-        if why == "missing" and args.resume_anyway and not deepspeed:
+        if why == "missing" and args.resume_anyway and not engine:
             note(f"--resume_anyway: not exact: {file.name} is missing: begun afresh")
         elif why == "missing" or not (file.is_dir() or zipfile.is_zipfile(file)):
             raise Refused(f"--resume_from_checkpoint {checkpoint}: {file.name} is {why}. {advice}")
