@@ -22,8 +22,8 @@ import sft  # noqa: F401  first: it says what is missing
 import torch
 from jinja2 import TemplateError
 
-from sft.messages import OUTPUT_ROOT, Parser, Refused, in_one_line, newest, read_json, run_script
-from sft.model.adapter_base import check_base, use_code
+from sft.messages import OUTPUT_ROOT, Parser, Refused, newest, run_script
+from sft.model.adapter_base import check_base, named_base
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE, is_adapter, tokenizer_beside
 from sft.model.generations import report_code
@@ -44,49 +44,33 @@ def choose(model_dir: str | None, adapter_dir: str | None) -> tuple[Path, Path |
         model, why = newest(OUTPUT_ROOT, (ADAPTER_FILE, *MODEL_FILES)), "newest under train/output"
         if not model:
             raise Refused("no model under train/output; train one with train.sh, or give a model directory")
-    if model and is_adapter(model):
-        if adapter:
-            raise Refused(f"{model}: is an adapter itself; give the base's directory beside --adapter")
+    if model and is_adapter(model) and not adapter:
         model, adapter = None, model
     if adapter:
-        for file in ("adapter_config.json", ADAPTER_FILE):
-            if not (adapter / file).is_file():
-                raise Refused(f"{adapter}: no adapter here, {file} is missing")
+        if not is_adapter(adapter):
+            raise Refused(f"{adapter}: no adapter here")
         note(f"adapter = {adapter} ({why})")
-    if adapter and not model:
-        base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
-        model, why = Path(base), "named by adapter_config.json"
-        if not base or not model.is_dir():
-            raise Refused(f"{adapter}: its base {base!r} is not a directory here; give BASE_DIR --adapter {adapter}")
-    if not (model / "config.json").is_file() or not any((model / file).is_file() for file in MODEL_FILES):
-        raise Refused(f"{model}: no model here, config.json or model.safetensors is missing")
+        if not model:
+            model, why = named_base(adapter, None, f"BASE_DIR --adapter {adapter}"), "named by adapter_config.json"
     note(f"model = {model} ({why})")
     return model, adapter
 
 
 def load(model_dir: Path, adapter: Path | None, any_base: bool, trusted: bool) -> tuple[Any, Any]:
     """(tokenizer, model) ready to generate: on the GPUs if there are any, in the dtype that config.json says."""
-    from sft.model.pretrained import (  # takes seconds: only once the paths are right
-        load_adapter,
-        load_pretrained,
-        load_tokenizer,
-    )
+    from sft.model import pretrained  # takes seconds: only once the paths are right
 
     gpu = torch.cuda.is_available()
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
         directory = ModelDirectory(model_dir, adapter and tokenizer_beside(adapter), trusted, trusted)
+        directory.check()
         if adapter:
-            use_code(directory, check_base(adapter, directory, any_base))
+            check_base(adapter, directory, any_base)
         report_code(directory)
-        tokenizer = load_tokenizer(directory.tokenizer_path, trusted)
-        try:
-            model = load_pretrained(directory, dtype="auto", device_map="auto" if gpu else None)
-            if adapter:
-                model = load_adapter(model, adapter)
-        except Refused:
-            raise
-        except Exception as error:  # whatever the libraries or the directory's own code raise
-            raise Refused(f"{adapter or model_dir}: cannot be loaded: {in_one_line(error)}") from None
+        tokenizer = pretrained.load_tokenizer(directory.tokenizer_path, trusted)
+        model = pretrained.load_pretrained(directory, dtype="auto", device_map="auto" if gpu else None)
+        if adapter:
+            model = pretrained.load_adapter(model, adapter)
     note(f"device = {model.device} ({'GPU' if gpu else 'no GPU'})\ndtype = {str(model.dtype)[6:]} (config.json)")
     return tokenizer, model.eval()
 
@@ -141,13 +125,12 @@ def main(argv: list[str] | None = None) -> None:
     # 2. Which model, and how it generates
     tokenizer, model = load(*choose(args.model_dir, args.adapter), args.any_base, args.trust_remote_code)
     template, before = thinking_off(tokenizer) if args.no_think else ({}, "")
-    sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
-    if args.temperature > 0:
-        sampling["temperature"] = args.temperature
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
+    options |= {"temperature": args.temperature or None}
 
     # 3. One reply
     if args.prompt is not None:
-        reply(tokenizer, model, [{"role": "user", "content": before + args.prompt}], template, **sampling)
+        reply(tokenizer, model, [{"role": "user", "content": before + args.prompt}], template, **options)
         return
 
     # 4. A conversation
@@ -167,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         elif text:
             messages.append({"role": "user", "content": before + text})
             try:
-                content = reply(tokenizer, model, messages, template, **sampling)
+                content = reply(tokenizer, model, messages, template, **options)
                 messages.append({"role": "assistant", "content": content})
             except KeyboardInterrupt:
                 messages.pop()

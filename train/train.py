@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from sft.arguments import DataArguments, ModelArguments, TrainingArguments
 from sft.data.batches import Collator, Data, load_data
 from sft.messages import guard, note, run_script
-from sft.model.load import accepts_loss_kwargs, check_own_class, load_model, takes_supervised_head
+from sft.model.load import accepts_loss_kwargs, load_model, takes_supervised_head
 from sft.quiet import leave_out_harmless_messages
 from sft.training.attention import keep_rows_apart
 from sft.training.disk import check_space, why_not_saved
@@ -67,7 +67,6 @@ def main(argv: list[str]) -> None:
     # 3. Model. Seeded before: what is drawn at random is drawn here.
     set_seed(training_args.seed)
     model = load_model(model_args, training_args, start.tokenizer, start.directory, start.checkpoint)
-    check_own_class(model, data_args.packing, training_args.label_smoothing_factor)
     check_space(model, training_args, len(data.train))
 
     # 4. Trainer.
@@ -106,7 +105,7 @@ def make_trainer(
         supervised_head=takes_supervised_head(model, training_args),
     )
     if data_args.packing != "none":
-        keep_rows_apart(model, training_args)
+        keep_rows_apart(model, training_args, model_args.use_flash_attn)
     callbacks = [probe] if probe else []
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))

@@ -76,7 +76,10 @@ MODEL = {
         tensors(WEIGHTS, rename(EXPERT)),
         f"1 weights are unexpected: {EXPERT.replace('layers', 'layer')}",
     ),
-    "expert reshaped": (tensors(WEIGHTS, lambda s: s.update({EXPERT: s[EXPERT][:-1].clone()})), f"{EXPERT} [63"),
+    "expert reshaped": (
+        tensors(WEIGHTS, lambda s: s.update({EXPERT: s[EXPERT][:-1].clone()})),
+        "weights are mismatched: model.layers.1.mlp.experts",
+    ),
     "tokenizer deleted": (no_tokenizer, "holds no tokenizer"),
     "tokenizer cut": (cut("tokenizer.json"), "the tokenizer in"),
     "template deleted": (delete("chat_template.jinja"), "has no chat template"),

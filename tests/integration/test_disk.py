@@ -146,17 +146,6 @@ def test_the_directory_is_deleted_in_mid_run(kind, flags, tmp_path):
     assert not out.exists()
 
 
-def test_another_job_has_taken_the_place(flags, tmp_path):
-    """Of a directory that was deleted: its files are not ours to write."""
-    out = tmp_path / "out"
-    run = begin("one", flags, out)
-    out.rename(tmp_path / "moved")
-    out.mkdir()
-    (out / ".lock").touch()
-    check_failed(run.wait(60), r"could not be saved: the directory was replaced\.")
-    assert [path.name for path in out.iterdir()] == [".lock"]
-
-
 def test_a_directory_that_becomes_read_only(flags, tmp_path, mount):
     disk = mount("-t", "tmpfs", "tmpfs")
     run = begin("one", flags, disk / "out")

@@ -10,7 +10,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from conftest import make_model_dir
-from sft.model import load
+from sft.model import hub
 
 EXPERT, NORM = "model.layers.1.mlp.experts.2.down_proj.weight", "model.layers.1.input_layernorm.weight"
 EXTRA = "model.layers.7.mlp.up_proj.weight"
@@ -110,10 +110,10 @@ def test_only_what_is_needed_is_fetched(flag, there, fetched, tmp_path, monkeypa
             (tmp_path / name).touch()
         return str(tmp_path)
 
-    monkeypatch.setattr(load, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     args = SimpleNamespace(model_name_or_path=None, tokenizer_name_or_path=None, cache_dir=None, hub_ids={})
     setattr(args, f"{flag}_name_or_path", "someone/hunyuan")
-    load.fetch(args)
+    hub.fetch(args)
     assert got == needed | fetched and args.hub_ids == {str(tmp_path): "someone/hunyuan"}
 
 

@@ -71,7 +71,7 @@ def test_it_lands_where_it_says(target, kind, counts, model_dir, example_tokeniz
 @pytest.mark.parametrize(
     ("targets", "more", "says"),
     [
-        (["q_porj"], {}, "--lora_target_modules q_porj: no such module; there are down_proj, gate_proj, k_proj"),
+        (["q_porj"], {}, "--lora_target_modules q_porj: no such module; there are down_proj, experts, gate_proj"),
         (["lm_head"], {}, "--lora_target_modules lm_head: the head is the embedding's own weight"),
         (["embed_tokens"], {}, "embed_tokens: adapters are put on linear layers that are trained, not on a Embedding"),
         (["wg"], {}, "--lora_target_modules wg: adapters are put on .* not on a router"),

@@ -32,7 +32,6 @@ INDEX = "model.safetensors.index.json"
         ("hunyuan_v1_dense", {}),
         ("hunyuan_v1_dense", {"target_modules": "all-linear", "use_rslora": True}),
         ("hunyuan_v1_dense", {"use_dora": True}),
-        ("hunyuan_v1_dense", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\.self_attn\.v_proj": 64}}),
         ("hunyuan_v1_moe", {}),
         ("hunyuan_v1_moe", {"use_rslora": True, "use_dora": True}),
         ("hy_v3", {"target_modules": "all-linear"}),
@@ -45,7 +44,7 @@ INDEX = "model.safetensors.index.json"
         ("hy_v3 fused", BOTH),
         ("hy_v4", BOTH),
     ],
-    ids=["dense", "dense-all-rs", "dense-dora", "dense-patterns", "moe", "moe-rs-dora", "hy3-all", "hy4-all",
+    ids=["dense", "dense-all-rs", "dense-dora", "moe", "moe-rs-dora", "hy3-all", "hy4-all",
          "moe-experts", "moe-experts-rs", "moe-one-of-two", "moe-shared", "hy3-experts", "hy3-fused", "hy4-experts"],
 )  # fmt: skip
 def test_logits_equal_those_of_peft(kind, options, tied, merge, tmp_path):
@@ -169,16 +168,25 @@ def test_the_router_correction_of_hy3_stays_fp32(merge, tmp_path):
     assert set(dtypes.values()) == {torch.bfloat16}
 
 
-def test_old_dtype_key_and_a_dtype_that_config_json_does_not_tell(pair, merge, tmp_path):
+@pytest.mark.parametrize(("key", "value"), [("torch_dtype", "bfloat16"), ("x", 1)])
+def test_old_dtype_key_and_a_dtype_that_config_json_does_not_tell(key, value, pair, merge, tmp_path):
     base, adapter = shutil.copytree(pair[0], tmp_path / "base"), pair[1]
     config = json.loads((base / "config.json").read_text())
-    told, untold = "config.json of the base", "most of the base's weights"
-    for key, value, why in (("torch_dtype", "bfloat16", told), ("x", 1, untold)):
-        (base / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"} | {key: value}))
-        _, out, _ = merge("--base_model_path", base, "--adapter_model_path", adapter, "--output_path", tmp_path / key)
-        assert f"save_dtype = bf16 ({why})" in out
-        assert json.loads((tmp_path / key / "config.json").read_text())[key] == value
-        assert "dtype" not in json.loads((tmp_path / key / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"} | {key: value}))
+    _, out, _ = merge("--base_model_path", base, "--adapter_model_path", adapter, "--output_path", tmp_path / "out")
+    assert "save_dtype = bf16 (most of the base's weights)" in out
+    merged = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert merged[key] == value and "dtype" not in merged
+
+
+def test_what_an_index_does_not_list_is_merged_and_listed(pair, merge, tmp_path):
+    base = shutil.copytree(pair[0], tmp_path / "base")
+    index = json.loads((base / INDEX).read_text())
+    place = index["weight_map"].pop("model.norm.weight")
+    (base / INDEX).write_text(json.dumps(index))
+    code, _, err = merge("--base_model_path", base, "--adapter_model_path", pair[1], "--output_path", tmp_path / "out")
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]["model.norm.weight"] == place
 
 
 def test_verify_logits_prints_the_largest_difference(pair, merge, tmp_path):

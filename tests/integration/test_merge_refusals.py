@@ -36,12 +36,6 @@ def edit_tensors(path: Path, change) -> None:
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
-def unlist(index: Path) -> None:
-    held = json.loads(index.read_text())
-    del held["weight_map"]["model.norm.weight"]
-    index.write_text(json.dumps(held))
-
-
 def first(change):
     """A change of the adapter's first lora_A alone."""
     return lambda held: held | {name: change(held[name]) for name in sorted(held)[:1]}
@@ -85,7 +79,7 @@ REFUSED = {  # what is done to (base b, adapter a, output o), and what is said
     ),
     "other-shape": (
         lambda b, a, o: edit_tensors(a / TENSORS, first(lambda tensor: tensor[:, :16].contiguous())),
-        "layers.0.self_attn.k_proj ([16, 16], the base has BF16 [16, 32])",
+        "layers.0.self_attn.k_proj ([16, 16], the base has [16, 32])",
     ),
     "other-rank": (lambda b, a, o: edit_json(a / CONFIG, r=8), "k_proj (rank or magnitude are not as"),
     "no-lora-B": (lambda b, a, o: edit_tensors(a / TENSORS, without("k_proj.lora_B")), "k_proj ([0, 32], the base"),
@@ -111,18 +105,21 @@ REFUSED = {  # what is done to (base b, adapter a, output o), and what is said
         lambda b, a, o: edit_tensors(a / TENSORS, more(EXPERT_PAIR)),
         "layers.1.mlp.experts ([32, 40], rank 4: the base has no such experts)",
     ),
+    "rank-pattern": (
+        lambda b, a, o: edit_json(a / CONFIG, rank_pattern={"q_proj": 2}),
+        "rank_pattern={'q_proj': 2}: only LoRA and DoRA",
+    ),
     "pissa": (lambda b, a, o: edit_json(a / CONFIG, init_lora_weights="pissa"), "init_lora_weights=pissa"),
     "tied-head": (
         lambda b, a, o: (edit_json(b / "config.json", tie_word_embeddings=1), edit_tensors(a / TENSORS, more(HEAD))),
-        "lm_head (the base has no such weight, it is tied)",
+        "lm_head (the base has no such weight or it is tied)",
     ),
     "no-base": (lambda b, a, o: shutil.rmtree(b), "not a directory here; give --base_model_path"),
     "no-config": (lambda b, a, o: (b / "config.json").unlink(), "has no config.json"),
-    "no-weights": (lambda b, a, o: (b / INDEX).unlink(), "holds no model.safetensors and no"),
+    "no-weights": (lambda b, a, o: (b / INDEX).unlink(), f"{INDEX}: not a readable json object"),
     "quantised": (lambda b, a, o: edit_json(b / "config.json", quantization_config={"b": 4}), "quantization_config"),
     "no-shard": (lambda b, a, o: (b / SHARD).unlink(), f"{SHARD}: missing"),
     "cut-shard": (lambda b, a, o: os.truncate(b / SHARD, 9000), f"{SHARD}: not a whole safetensors file"),
-    "unlisted": (lambda b, a, o: unlist(b / INDEX), f"{INDEX}: does not list what is in model-00005-of-00005"),
     "renamed": (lambda b, a, o: edit_tensors(b / SHARD, renamed("mlp", "mpl")), f"lists what is not in {SHARD}"),
     "full-output": (lambda b, a, o: (o.mkdir(), (o / "x").touch()), "is there and not empty"),
     "file-output": (lambda b, a, o: o.touch(), "is there and not empty"),

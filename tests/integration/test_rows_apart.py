@@ -12,6 +12,7 @@ import reference
 from conftest import make_model_dir
 from sft.data.batches import Bins, Collator
 from sft.data.examples import IGNORE_INDEX, Options, load_examples
+from sft.training.flops import flops_of_step
 
 KINDS = ("dense", "moe", "hy_v3", "hy_v4")
 SCALE = {"initializer_range": 0.2}  # so that every token matters
@@ -96,6 +97,10 @@ def test_bins_train_as_their_rows_one_by_one(
     assert difference <= 1e-5, (ours, plain)
     results = json.loads((tmp_path / "out" / "train_results.json").read_text())
     assert results["padding_share"] == 0 and results["num_bins"] == len(bins) and results["bin_fill"] > 0.9
+    lengths = bins.examples.lengths[[row for step in order for (row,) in step]].astype(int)
+    units = [lengths.sum(), (lengths * (lengths + 1) // 2).sum(), results["supervised_tokens"]]
+    needed = flops_of_step(AutoModelForCausalLM.from_pretrained(model)) @ units
+    assert results["flops"] == pytest.approx(needed) and 0 < results["data_wait_share"] < 1
 
 
 @pytest.mark.parametrize("packing", ["batch", "bin"])

@@ -137,22 +137,14 @@ def test_a_run_of_train_sh_is_started_again(old, model_dir, example_tokenizer_di
     ("number", "pause"),
     [(signal.SIGTERM, "60"), (signal.SIGTERM, "0.1"), pytest.param(signal.SIGHUP, "60", marks=pytest.mark.campaign)],
 )
-@pytest.mark.parametrize("saved", [True, False])
-def test_a_stop_before_a_new_step(saved, number, pause, start, tmp_path):
-    """In the pause before it is started again, or while it loads: the command that goes on is named."""
-    for step in (9, 10, 100) if saved else ():
-        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
-        if step != 100:  # that one is torn
-            (tmp_path / "out" / f"checkpoint-{step}" / "manifest.json").touch()
-    job = start("12:kill,-:wait", 3, pause=pause, GO_ON_WITH="MASTER_PORT=1 bash train.sh")
+def test_a_stop_before_a_new_step(number, pause, start):
+    """In the pause before it is started again, or while it loads: how to go on is said."""
+    job = start("12:kill,-:wait", 3, pause=pause)
     for line in job.stdout:
         if "restart 1 of 3" in line if pause == "60" else "attempt ['--auto_resume'" in line:
             break
     time.sleep(0.3)
     job.send_signal(number)
     output = job.communicate(timeout=20)[0]
-    newest = tmp_path / "out" / "checkpoint-10"
-    line = f"stopped on request at step 10. Last checkpoint: {newest}. Continue with:\n"
-    line += f"MASTER_PORT=1 bash train.sh --resume_from_checkpoint {newest}\n"
     assert job.returncode == 75, output
-    assert (line if saved else "To go on, start the same command again with --auto_resume\n") in output, output
+    assert "To go on, start the same command again with --auto_resume\n" in output, output

@@ -5,14 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.varlen
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from sft.data.batches import Collator
 from sft.training import attention
-from sft.training.attention import ROW_BY_ROW, keep_rows_apart
+from sft.training.attention import ROW_BY_ROW, VARLEN, keep_rows_apart
 
-ON_CPU = SimpleNamespace(device=torch.device("cpu"), bf16=False)
+ON_CPU = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False)
 
 
 def rows(*lengths):
@@ -82,8 +83,8 @@ def test_generation_within_a_packed_run(kind, load):
     ("kind", "config", "says"),
     [
         ("hy_v4", {}, "= eager ("),
-        ("dense", {"attention_dropout": 0.1}, "= sdpa (attention_dropout would"),
-        ("dense", {"sliding_window": 8}, "= sdpa (the model's window slides"),
+        ("dense", {"attention_dropout": 0.1}, "= sdpa (attention_dropout is set"),
+        ("dense", {"sliding_window": 8}, "= sdpa (sliding_window is set"),
     ],
 )
 def test_what_keeps_its_mask(kind, config, says, load, capsys):
@@ -92,10 +93,40 @@ def test_what_keeps_its_mask(kind, config, says, load, capsys):
     assert says in capsys.readouterr().out and model.config._attn_implementation != ROW_BY_ROW
 
 
-def test_a_device_on_which_it_is_wrong(load, monkeypatch, capsys):
+def test_what_gives_other_values_is_not_used(load, monkeypatch, capsys):
+    """PyTorch's kernel on a CPU cannot run, and one that is wrong is found."""
     model = load("dense")
-    monkeypatch.setattr(
-        attention, "attend_row_by_row", lambda module, query, *args, **kwargs: (query.transpose(1, 2), 0)
-    )
+    keep_rows_apart(model, ON_CPU, use_flash_attn=True)
+    assert f"warning: attention of packed rows: {VARLEN} gives other" in capsys.readouterr().out
+    assert model.config._attn_implementation == ROW_BY_ROW
+    model.set_attn_implementation("sdpa")
+    functions = attention.ALL_ATTENTION_FUNCTIONS
+    wrong = lambda module, query, *args, **kwargs: (query.transpose(1, 2), None)
+    monkeypatch.setitem(functions._global_mapping, ROW_BY_ROW, wrong)
     keep_rows_apart(model, ON_CPU)
-    assert "gives other values" in capsys.readouterr().out and model.config._attn_implementation == "sdpa"
+    assert "= sdpa (with a mask of all tokens" in capsys.readouterr().out
+
+
+def test_pytorchs_kernel_gets_rows_of_its_dtype(load, monkeypatch):
+    """A stand-in for the kernel, which needs a GPU: row by row, from what the kernel is handed."""
+
+    def kernel(query, key, value, begins_q, begins_k, longest_q, longest_k, scale, window_size, enable_gqa):
+        assert query.dtype == key.dtype == value.dtype == torch.bfloat16 and window_size == (-1, 0) and enable_gqa
+        assert torch.equal(begins_q, begins_k) and begins_q.dtype == torch.int32 and longest_q == longest_k == 33
+        parts = [
+            tensor.transpose(0, 1)[None].tensor_split(begins_q[1:-1].tolist(), 2) for tensor in (query, key, value)
+        ]
+        options = {"is_causal": True, "scale": scale, "enable_gqa": True}
+        rows = [torch.nn.functional.scaled_dot_product_attention(*row, **options) for row in zip(*parts)]
+        return torch.cat(rows, 2)[0].transpose(0, 1)
+
+    model = load("moe").train()
+    batch = Collator(0, "batch")(rows(20, 1, 33))
+    del batch["numbers"]
+    found = []
+    for kind in (ROW_BY_ROW, VARLEN):
+        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+        model.set_attn_implementation(kind)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model(**batch, use_cache=False).loss.item())
+    assert found[0] == pytest.approx(found[1], abs=2e-3)

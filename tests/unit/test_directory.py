@@ -42,14 +42,14 @@ F32, BF16 = torch.float32, torch.bfloat16
         (None, {WEIGHT: BF16, ROUTER: F32, BIAS: F32}, "BF16", {ROUTER, BIAS}),
         ("float32", {WEIGHT: F32, ROUTER: F32, BIAS: F32}, "F32", {BIAS}),
         ("bfloat16", {WEIGHT: F32, ROUTER: F32, BIAS: F32}, "F32", {BIAS}),  # it says so, and is not
-        ("float32", {WEIGHT: BF16, ROUTER: F32}, "F32", set()),
+        ("float32", {WEIGHT: BF16, ROUTER: F32}, "BF16", {ROUTER}),  # here, too
         ("float16", {WEIGHT: torch.float16}, "F16", set()),
         ("bfloat16", {WEIGHT: BF16, BIAS: BF16}, "BF16", {BIAS}),
     ],
 )
 def test_what_stays_fp32_in_half_precision(dtype, tensors, expected, fp32, tmp_path):
     model = directory(tmp_path / "model", NEW | ({"dtype": dtype} if dtype else {}), tensors)
-    assert (model.dtype[0], model.fp32_names) == (expected, fp32)
+    assert (model.dtype, model.fp32_names) == (expected, fp32)
     saved = model.cast({name: torch.ones(8) for name in tensors}, BF16)
     assert {name for name, value in saved.items() if value.dtype == F32} == fp32 | ({BIAS} & tensors.keys())
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sft.training import loss
-from sft.training.loss import Head, SumOfLosses, compute_in_chunks
+from sft.model import head as heads
+from sft.model.head import Head, SumOfLosses
+from sft.training.loss import compute_in_chunks
 
 VOCABULARY, WIDTH = 97, 16
 
@@ -20,7 +21,7 @@ def drawn(positions, dtype=torch.float32):
 @pytest.mark.parametrize("positions", [0, 1, 7, 8, 50])
 @pytest.mark.parametrize("trained", ["both", "hidden", "weight", "none"])
 def test_the_sum_and_its_gradients(positions, trained, monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS", 8 * VOCABULARY)
+    monkeypatch.setitem(heads.LOGITS, "cpu", 8 * VOCABULARY)
     hidden, weight, targets = drawn(positions)
     hidden.requires_grad_(trained in ("both", "hidden"))
     weight.requires_grad_(trained in ("both", "weight"))
@@ -36,8 +37,8 @@ def test_the_sum_and_its_gradients(positions, trained, monkeypatch):
 
 def test_no_more_logits_at_once_than_said(monkeypatch):
     sizes = []
-    monkeypatch.setattr(loss, "LOGITS", 8 * VOCABULARY)
-    monkeypatch.setattr(loss, "linear", lambda part, matrix: (sizes.append(len(part)), part @ matrix.T)[1])
+    monkeypatch.setitem(heads.LOGITS, "cpu", 8 * VOCABULARY)
+    monkeypatch.setattr(heads, "linear", lambda part, matrix: (sizes.append(len(part)), part @ matrix.T)[1])
     SumOfLosses.apply(*drawn(50), torch.float32)
     assert max(sizes) == 8 and sum(sizes) == 50
 

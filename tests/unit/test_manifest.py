@@ -231,14 +231,6 @@ def test_none_is_deleted_where_none_is_whole(tmp_path):
     assert len(names(tmp_path)) == 3
 
 
-def test_an_abandoned_branch_is_no_newer_one(tmp_path):
-    """Gone on from 10 after 30 had been reached: 15 is the newest, and is not deleted for 20 and 30."""
-    for step in (5, 10, 15, 20, 30):
-        make(tmp_path, step)
-    rotate(tmp_path, 2, None, newest=15)
-    assert names(tmp_path) == [f"checkpoint-{step}" for step in (10, 15, 20, 30)]
-
-
 def test_no_symlink_is_followed(tmp_path):
     elsewhere = make(tmp_path / "elsewhere", 1)
     output = tmp_path / "out"

@@ -8,7 +8,7 @@ import torch
 
 from sft.arguments import defaults
 from sft.messages import Refused
-from sft.training.reshard import check_shards, parts_of, report_epoch_end, seed_ranks, steps_for_ranks
+from sft.training.reshard import check_shards, parts_of, seed_ranks, steps_for_ranks
 
 
 def values(**more):
@@ -30,6 +30,7 @@ def test_each_step_keeps_its_batches(before, now, steps, capsys):
         (2, {"train_sampling_strategy": "group_by_length"}, "--group_by_length"),
         (2, {"average_tokens_across_devices": False}, "--average_tokens_across_devices false"),
         (2, {"dataloader_drop_last": True}, "--dataloader_drop_last"),
+        (2, {"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
     ],
 )
 def test_other_rows_are_refused_or_said(now, flags, says, capsys):
@@ -48,25 +49,6 @@ def test_what_is_given_otherwise_is_used(name, capsys):
     capsys.readouterr()
     assert steps_for_ranks(record, values(resume_anyway=True, **{name: 8}), 2) is None
     assert capsys.readouterr().out == f"--resume_anyway: not exact: processes 2 (the run: 4): --{name} 8 as given\n"
-
-
-@pytest.mark.parametrize(
-    ("rows", "before", "now", "says"),
-    [
-        (64, 2, 1, None),
-        (61, 1, 2, "of 61 rows an epoch takes 64 (the run: 61)"),
-        (63, 2, 4, None),
-        (60, 2, 4, "takes 64 (the run: 60)"),
-    ],
-)
-def test_the_end_of_an_epoch_is_said_where_it_differs(rows, before, now, says, capsys):
-    args = SimpleNamespace(per_device_train_batch_size=2, world_size=now, label_smoothing_factor=0.0)
-    report_epoch_end(before, args, rows)
-    assert not capsys.readouterr().out, "each row once, whatever the number"
-    args.label_smoothing_factor = 0.1
-    report_epoch_end(before, args, rows)
-    text = capsys.readouterr().out
-    assert (says in text) if says else not text
 
 
 def test_every_element_is_divided_once():

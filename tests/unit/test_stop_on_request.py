@@ -136,7 +136,8 @@ def test_the_command_that_goes_on(ranks, env, line, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", ["/a/train.py", "--max_steps", "9"])
     stopped = go_on.GoOn(None)
-    stopped.saved = [Path("o t/checkpoint-3"), Path("o t/checkpoint-6")]
+    there = [Path("o t/checkpoint-3"), Path("o t/checkpoint-6")]
+    monkeypatch.setattr(go_on, "checkpoints_in", lambda output: there)
     monkeypatch.setattr(go_on, "is_whole", lambda checkpoint: checkpoint.name == "checkpoint-3")  # 6 is being written
-    said = stopped.how(types.SimpleNamespace(world_size=ranks, save_only_model=False))
+    said = stopped.how(types.SimpleNamespace(world_size=ranks, save_only_model=False, output_dir="o t"))
     assert said.startswith(f"Last checkpoint: o t/checkpoint-3. {line}"), said

@@ -13,24 +13,23 @@ import xxhash
 
 from sft.messages import Refused, first_few, in_one_line, note, read_json
 from sft.model.directory import HARMLESS, ModelDirectory
+from sft.model.generations import native_class
 from sft.model.weight_files import build_on_meta, is_transformers_own, names_in_model
 
 VALUES = 32  # of each tensor that are compared
 
 
-def fingerprint(base: ModelDirectory, code: str) -> dict[str, list] | None:
+def fingerprint(base: ModelDirectory, code: str) -> dict[str, list]:
     """{tensor of the class: [dtype in the file, shape in the class, first 32 values in bf16]}, the same for any layout
-    of the files; of the routed experts the first alone. None if there is no safetensors file.
+    of the files; of the routed experts the first alone. {} if there is no safetensors file.
 
     Args:
         code: native, for transformers' class, or remote: the directory's class has the names of the files, and its
             code is not run.
     """
-    if not base.has_safetensors:
-        return None
     names = [name for name in base.tensors if not re.search(rf"\.experts\.[1-9]|{HARMLESS[1]}", name)]
-    if code == "native":
-        model = build_on_meta(*base.native_class())
+    if code == "native" and names:
+        model = build_on_meta(*native_class(base))
         files, tied = names_in_model(model, names), model.all_tied_weights_keys
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     else:
@@ -46,7 +45,7 @@ def fingerprint(base: ModelDirectory, code: str) -> dict[str, list] | None:
 
 def base_digest(base: ModelDirectory) -> str | None:
     """A hash of the fingerprint, whatever dtype the files have."""
-    found = fingerprint(base, "remote" if base.runs_own_code else "native") or {}
+    found = fingerprint(base, "remote" if base.runs_own_code else "native")
     values = {name: entry[1:] for name, entry in found.items()}
     return xxhash.xxh3_128_hexdigest(json.dumps(values).encode()) if values else None
 
@@ -68,13 +67,6 @@ def is_same_tensor(one: list, other: list) -> bool:
     return one[1] == other[1] and all(math.isclose(*pair, rel_tol=relative, abs_tol=absolute) for pair in pairs)
 
 
-def use_code(base: ModelDirectory, code: str) -> None:
-    """Let the code that trained an adapter compute its base. Refuses where the flags want other code."""
-    if code != "auto" and base.model_code not in ("auto", code):
-        raise Refused(f"--model_code {base.model_code}: the adapter was trained with {code} code: leave the flag out")
-    base.model_code = base.model_code if code == "auto" else code
-
-
 def record_base(model: Any, base: ModelDirectory) -> bytes:
     """The content of base.json. Makes the adapter name the base that is used, as a path from any directory."""
     inner = model.get_base_model()
@@ -84,22 +76,24 @@ def record_base(model: Any, base: ModelDirectory) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode()
 
 
-def check_base(adapter: Path, base: ModelDirectory, any_base: bool) -> str:
-    """The code that an adapter was trained with, as `--model_code`; auto if it has no base.json. Refuses another base
-    than it was trained on; prints a line instead with `any_base`, and if there is nothing to compare."""
+def check_base(adapter: Path, base: ModelDirectory, any_base: bool) -> None:
+    """Refuse another base than the adapter was trained on; with `any_base`, and if there is nothing to compare, a line
+    says so instead. The base is then computed by the code that trained the adapter; refused where a flag wants other
+    code."""
     if not (adapter / "base.json").is_file():
-        warn_of_another_name(adapter, base.path)
-        return "auto"
+        return warn_of_another_name(adapter, base.path)
     record = read_json(adapter / "base.json")
     code, trained_on = record.get("code", "auto"), record.get("tensors")
+    why = None
     try:
         now = fingerprint(base, code)
-        if trained_on is None or now is None:
+        if trained_on and now:
+            both = trained_on.keys() & now
+            differ = trained_on.keys() ^ now.keys() | {n for n in both if not is_same_tensor(trained_on[n], now[n])}
+            if differ:
+                why = f"{len(differ)} of {len(trained_on)} tensors differ ({first_few(sorted(differ))})"
+        else:
             note(f"{base.path}: could not be compared with the base of {adapter}: one of them has no *.safetensors")
-            return code
-        both = trained_on.keys() & now
-        differ = trained_on.keys() ^ now.keys() | {n for n in both if not is_same_tensor(trained_on[n], now[n])}
-        why = f"{len(differ)} of {len(trained_on)} tensors differ ({first_few(sorted(differ))})" if differ else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         why = f"it is no {record.get('class')} ({in_one_line(error)})"
     if why:
@@ -107,7 +101,10 @@ def check_base(adapter: Path, base: ModelDirectory, any_base: bool) -> str:
         if not any_base:
             raise Refused(f"{what}. Give that base, or go on with this one (--any_base)")
         note(f"--any_base: {what}")
-    return code
+    if base.model_code not in ("auto", code) and code != "auto":
+        raise Refused(f"--model_code {base.model_code}: the adapter was trained with {code} code: leave the flag out")
+    if code != "auto":
+        base.model_code = code
 
 
 def warn_of_another_name(adapter: Path, base: Path) -> None:
@@ -116,3 +113,11 @@ def warn_of_another_name(adapter: Path, base: Path) -> None:
     names = {base.name, *(part.rpartition("--")[2] for part in base.parts if part.startswith("models--"))}
     if named.resolve() != base.resolve() and (named.exists() or named.name not in names):
         note(f"warning: {adapter} has no base.json, and its adapter_config.json names another base, {named}")
+
+
+def named_base(adapter: Path, given: str | None, flag: str) -> Path:
+    """The base's directory: the given one, else the one that the adapter names. Refuses one that is not here."""
+    named = given or read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
+    if not named or not Path(named).is_dir():
+        raise Refused(f"{adapter}: its base {named!r} is not a directory here; give {flag}")
+    return Path(named)

@@ -8,8 +8,8 @@ misshapen: they would be trained from random values, or lost when saving.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,9 @@ from typing import Any
 import torch
 
 from sft.messages import Refused, first_few, read_json
-from sft.model.files import OF_A_TOKENIZER, code_files, files_of_a_model, is_adapter, write_json
-from sft.model.generations import brings_old_code, native_class, runs_own_code
-from sft.model.weight_files import (
-    DTYPES,
-    Stored,
-    apply_umask,
-    build_on_meta,
-    names_in_model,
-    open_tensors,
-    read_headers,
-)
+from sft.model.files import OF_A_TOKENIZER, apply_umask, code_files, files_of_a_model, is_adapter, write_json
+from sft.model.generations import LEGACY, why_not_native
+from sft.model.weight_files import DTYPES, Stored, build_on_meta, names_in_model, open_tensors, read_headers
 
 # Unexpected, and no harm: a tied head may stand in the file as well (ZeRO-2 writes it), and old files hold the rotary
 # frequencies, which are computed.
@@ -37,34 +29,24 @@ CORRECTION_BIAS = ("e_score_correction_bias", "expert_bias")
 KEPT_IN_FP32 = "kept_in_fp32.json"  # of a directory that is all fp32: what stays so in half precision
 
 
+@dataclass(eq=False)
 class ModelDirectory:
-    """A directory, and the tokenizer's directory that goes with it. What it holds is read when it is asked for, once.
+    """A directory, and the tokenizer's that goes with it. What it holds is read when it is asked for, once."""
 
-    Args:
-        path: of the model; None: a model built from flags, which has a tokenizer's files alone.
-        tokenizer: the tokenizer's directory; None: the model's.
-        trusted, tokenizer_trusted: whether the model's code, and the tokenizer's, may run.
-        model_code: auto, native or remote, as `--model_code`.
-        name: what messages call it; default: the path.
-        hub_id: what it was called before its files were fetched.
-    """
+    path: Any  # of the model; None: a model built from flags, which has a tokenizer's files alone
+    tokenizer_path: Any = None  # the tokenizer's directory; None: the model's
+    trusted: bool = True  # whether the model's code may run
+    tokenizer_trusted: bool = True
+    model_code: str = "auto"  # auto, native or remote, as `--model_code`
+    name: str = ""  # what messages call it; default: the path
+    hub_id: str | None = None  # what it was called before its files were fetched
+    examine: Callable[[Any], object] = lambda model: None  # called with the model before its weights are read
+    added: dict[str, bytes] = field(default_factory=dict)  # files that saved directories get beside its own
 
-    def __init__(
-        self,
-        path: str | Path | None,
-        tokenizer: str | Path | None = None,
-        trusted: bool = True,
-        tokenizer_trusted: bool = True,
-        model_code: str = "auto",
-        name: str | None = None,
-        hub_id: str | None = None,
-    ):
-        self.path: Any = Path(path) if path is not None else None
-        self.tokenizer_path: Any = Path(tokenizer) if tokenizer is not None else self.path
-        self.trusted, self.tokenizer_trusted, self.model_code = trusted, tokenizer_trusted, model_code
-        self.name, self.hub_id = name or str(path), hub_id
-        self.examine: Callable[[Any], object] = lambda model: None  # called with the model before its weights are read
-        self.added: dict[str, bytes] = {}  # files that saved directories get, beside the directory's own
+    def __post_init__(self):
+        self.path = None if self.path is None else Path(self.path)
+        self.tokenizer_path = self.path if self.tokenizer_path is None else Path(self.tokenizer_path)
+        self.name = self.name or str(self.path)
 
     def check(self) -> None:
         """Refuse a directory that cannot be loaded, before anything is."""
@@ -73,14 +55,13 @@ class ModelDirectory:
         if not self.path.is_dir():
             raise Refused(f"{self.name}: no such directory (looked in {Path.cwd()})")
         if is_adapter(self.path):
-            raise Refused(f"{self.name}: is an adapter and not a model")
+            raise Refused(f"{self.name}: is an adapter and not a model; of a hub id: hf download it, and give DIR")
         if not (self.path / "config.json").is_file():
             raise Refused(f"{self.name}: has no config.json")
-        if not self.has_safetensors and not any(self.path.glob("pytorch_model*.bin")):
+        if not self.tensors and not any(self.path.glob("pytorch_model*.bin")):
             raise Refused(f"{self.name}: holds no weights (*.safetensors)")
         if self.config.get("quantization_config"):
             raise Refused(f"{self.name}: is quantised (quantization_config in config.json): use its base")
-        _ = self.tensors  # reads the headers
         if self.brings_old_code and self.trusted:
             for file in code_files(self.path, self.auto_map):
                 if not (self.path / file).is_file():
@@ -100,18 +81,15 @@ class ModelDirectory:
         return read_json(self.path / "config.json") if self.path else {}
 
     @cached_property
-    def has_safetensors(self) -> bool:
-        return self.path is not None and any(self.path.glob("*.safetensors"))
-
-    @cached_property
     def headers(self) -> tuple[dict[str, Any], dict[str, Stored]]:
-        """(model.safetensors.index.json or {}, {name: Stored} file by file)."""
-        return read_headers(self.path)
+        """(model.safetensors.index.json or {}, {name: Stored} file by file); two {} where the weights are in files of
+        another kind."""
+        return read_headers(self.path) if self.path and any(self.path.glob("*.safetensors")) else ({}, {})
 
-    @cached_property
+    @property
     def tensors(self) -> dict[str, Stored]:
         """{name: Stored}; {} where the weights are in files of another kind."""
-        return self.headers[1] if self.has_safetensors else {}
+        return self.headers[1]
 
     def values(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The directory's own values of the named tensors."""
@@ -130,37 +108,32 @@ class ModelDirectory:
         return self.config.get("auto_map") or {}
 
     @property
-    def may_run_code(self) -> bool:
-        """Whether its Python files are run where it names any."""
-        return self.trusted and self.model_code != "native"
-
-    @cached_property
     def brings_old_code(self) -> bool:
-        """Whether it brings code of transformers 4.41."""
-        return brings_old_code(self.config)
+        """Whether it brings code of transformers 4.41. A13B is published as `hunyuan` and as transformers'
+        `hunyuan_v1_moe`, both times with that code beside it."""
+        kinds = (LEGACY, "hunyuan_v1_moe", "hunyuan_v1_dense")
+        return "AutoModelForCausalLM" in self.auto_map and self.config.get("model_type") in kinds
 
     @property
     def runs_own_code(self) -> bool:
         """Whether the code that it brings computes the model, and not transformers' class. Refuses a model that only
         that code computes, where it may not run."""
+        own = self.model_code != "native" and "AutoModelForCausalLM" in self.auto_map
         if self.brings_old_code:
-            own = runs_own_code(self.config, self.model_code)
-        else:
-            own = self.model_code != "native" and "AutoModelForCausalLM" in self.auto_map
+            why = why_not_native(self.config)
+            if self.model_code == "native" and why:
+                raise Refused(f"--model_code native: transformers' classes do not compute this model: it has {why}")
+            own = self.model_code == "remote" or why is not None
         if self.model_code == "remote" and self.path and not own:
             raise Refused(f"{self.name}: brings no code that computes it (--model_code remote, or its adapter)")
         if own and not self.trusted and (self.model_code == "remote" or self.brings_old_code):
             raise Refused(f"{self.name}: is computed by code that it brings: allow that (--trust_remote_code)")
         return own and self.trusted
 
-    def native_class(self) -> tuple[Any, Any]:
-        """transformers' own class for it, and its configuration."""
-        return native_class(self.path, self.config)
-
     def check_tensors(self, cls: type, config: Any) -> None:
         """Refuse tensors that are not those of the class, under every ZeRO stage alike and before they are read: under
         ZeRO-3 from_pretrained does not tell of what is unexpected, and of shapes on one rank only."""
-        if not self.has_safetensors:
+        if not self.tensors:
             return
         model = build_on_meta(cls, config)
         self.examine(model)
@@ -173,8 +146,9 @@ class ModelDirectory:
         mismatched = []
         for key in sorted(shapes.keys() & files.keys()):
             stored = [self.tensors[name].shape for name in files[key]]
-            in_one = len(stored) == 1
-            if sum(map(math.prod, stored)) != math.prod(shapes[key]) or (in_one and stored[0] != shapes[key]):
+            fills = sum(map(math.prod, stored)) == math.prod(shapes[key])
+            stacked = fills and len(stored) > 1 and len(set(stored)) == 1  # experts
+            if stored != [shapes[key]] and not stacked:
                 mismatched.append(key)
         self.refuse_weights(missing=missing, unexpected=unexpected, mismatched=mismatched)
 
@@ -187,17 +161,13 @@ class ModelDirectory:
     # ------------------------------------------------------------------------------------------ in which dtype
 
     @cached_property
-    def dtype(self) -> tuple[str, str]:
-        """(the dtype of the directory, as headers spell it; why): that of config.json if any tensor has it, else that
-        of most bytes."""
-        stored: Counter[str] = Counter()
-        for tensor in self.tensors.values():
-            stored[tensor.dtype] += tensor.nbytes
-        told = str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.")
-        named = next((key for key in DTYPES if str(DTYPES[key]) == f"torch.{told}"), "")
-        if named in stored:
-            return named, "config.json of the base"
-        return max(DTYPES, key=lambda dtype: stored[dtype]), "most of the base's weights"
+    def dtype(self) -> str:
+        """The dtype of most numbers in the directory, as headers spell it."""
+
+        def numbers(dtype: str) -> int:
+            return sum(math.prod(tensor.shape) for tensor in self.tensors.values() if tensor.dtype == dtype)
+
+        return max(DTYPES, key=numbers)
 
     @cached_property
     def fp32_names(self) -> set[str]:
@@ -206,7 +176,7 @@ class ModelDirectory:
         if self.path and (self.path / KEPT_IN_FP32).is_file():
             return set(read_json(self.path / KEPT_IN_FP32)["tensors"])
         names = {name for name in self.tensors if name.endswith(CORRECTION_BIAS)}
-        if self.dtype[0] != "F32":
+        if self.dtype != "F32":
             names |= {name for name, tensor in self.tensors.items() if tensor.dtype == "F32"}
         return names
 
@@ -234,9 +204,9 @@ class ModelDirectory:
     # ------------------------------------------------------------------------------------------ its files
 
     @cached_property
-    def files(self) -> dict[str, Path]:
-        """{name: path} of what belongs to the model beside weights and config.json. Of the two directories' files that
-        make a tokenizer, a chat template among them, the tokenizer's alone. Prints what else is there."""
+    def contents(self) -> dict[str, bytes]:
+        """{name: content} of what belongs to the model beside weights and config.json. Of the two directories' files
+        that make a tokenizer, a chat template among them, the tokenizer's alone. Prints what else is there."""
         found = files_of_a_model(self.tokenizer_path) if self.tokenizer_path else {}
         if self.path and not self.path.samefile(self.tokenizer_path):
             auto_map = {key: value for key, value in self.auto_map.items() if key != "AutoTokenizer"}
@@ -244,12 +214,7 @@ class ModelDirectory:
             for name, path in files_of_a_model(self.path).items():
                 if name in code or not (name.endswith(".py") or OF_A_TOKENIZER.fullmatch(name)):
                     found[name] = path
-        return found
-
-    @cached_property
-    def contents(self) -> dict[str, bytes]:
-        """{name: content} of `files`."""
-        return {name: path.read_bytes() for name, path in self.files.items()}
+        return {name: path.read_bytes() for name, path in found.items()}
 
     def hold(self) -> None:
         """Read and open now all that saved directories will get: this directory may be a checkpoint that is rotated
@@ -268,14 +233,8 @@ class ModelDirectory:
             (directory / name).write_bytes(content)
         if masters and self.fp32_names:
             write_json(directory / KEPT_IN_FP32, {"tensors": sorted(self.fp32_names)})
-        if dtype is None:
-            return
-        saved = directory / "config.json"
-        config = self.config or (read_json(saved) | {"use_cache": True})  # which is off in the Trainer
-        write_json(directory / "config.json", with_dtype(config, dtype))
-
-
-def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json that names the dtype, by the key that it has."""
-    keys = {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}
-    return config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+        if dtype is not None:
+            file = directory / "config.json"
+            config = self.config or (read_json(file) | {"use_cache": True})  # which is off in the Trainer
+            keys = {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}
+            write_json(file, config | dict.fromkeys(keys, str(dtype).removeprefix("torch.")))

@@ -3,6 +3,7 @@ earlier run's are moved away with its model's."""
 
 import contextlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,13 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     temporary = file.with_name(f"{file.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.rename(file)
+
+
+def apply_umask(directory: Path) -> None:
+    """Give the safetensors files of a directory the mode that the umask says. safetensors 0.8 writes 0600, which
+    another user's server cannot read; goes with the release that does not."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in directory.glob("*.safetensors"):
+        with contextlib.suppress(OSError):  # some network disks have no modes
+            file.chmod(0o666 & ~umask)

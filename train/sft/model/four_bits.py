@@ -23,7 +23,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from sft.messages import Refused, choice
-from sft.model.lora import FUSED, find_targets, kind_of, rewritten_by_peft
+from sft.model.lora import FUSED, find_targets, is_named, kind_of, rewritten_by_peft
 from sft.model.weight_files import is_transformers_own
 
 NAME = "nf4_with_experts"  # in transformers' registries
@@ -79,13 +79,14 @@ class Quantizer(Bnb4BitHfQuantizer):
 
 def adapted_by_weight(model: PreTrainedModel, lora_targets: list[str] | None) -> set[str]:
     """Names of the linear layers that PEFT adapts by their weight, which it needs whole. Refuses the fused experts."""
-    wanted = lora_targets and [target.removesuffix(".weight") for target in lora_targets]
-    if set(FUSED) & set(wanted or ()) or (found := find_targets(model, wanted, quiet=True))[1]:
+    wanted = lora_targets and ["experts" if t in FUSED else t.removesuffix(".weight") for t in lora_targets]
+    names = find_targets(model, wanted)
+    if any(is_named(name, "experts") for name in names):
         raise Refused(
             "--lora_target_modules experts: not with --load_in_4bit: PEFT adapts fused experts by their whole weight. "
             "Adapt other layers, or leave --load_in_4bit out"
         )
-    whole = rewritten_by_peft(model, found[0])
+    whole = rewritten_by_peft(model, names)
     if whole:
         choice("not in 4 bits", f"{len(whole)} layers of the shared experts", "PEFT adapts them by their weight")
     return whole

@@ -3,13 +3,7 @@
 Refused (exit code 2): what transformers' hunyuan_v1_dense and hunyuan_v1_moe cannot express.
 """
 
-from transformers import (
-    AutoModelForCausalLM,
-    HunYuanDenseV1Config,
-    HunYuanMoEV1Config,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.arguments import ModelArguments
 from sft.messages import Refused, choice
@@ -54,13 +48,10 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **opti
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    kind = "hunyuan_v1_dense"
     if args.num_experts > 1:
-        config = HunYuanMoEV1Config(**shape, num_experts=args.num_experts, moe_topk=args.moe_topk)
-    else:
-        config = HunYuanDenseV1Config(**shape)
-    choice(
-        "model",
-        config.model_type,
-        f"built from the architecture flags, with random weights: --num_experts {args.num_experts}",
-    )
+        kind, shape = "hunyuan_v1_moe", shape | dict(num_experts=args.num_experts, moe_topk=args.moe_topk)
+    config = AutoConfig.for_model(kind, **shape)
+    why = f"built from the architecture flags, with random weights: --num_experts {args.num_experts}"
+    choice("model", config.model_type, why)
     return AutoModelForCausalLM.from_config(config, **options)

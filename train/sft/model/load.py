@@ -4,86 +4,37 @@ Refused (exit code 2): what directory.py and pretrained.py refuse, FlashAttentio
 rows would run together.
 """
 
-import importlib.util
 import inspect
-import os
 import re
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_available
 
 from sft.arguments import ModelArguments, TrainingArguments
-from sft.messages import Refused, choice, in_one_line, note
+from sft.messages import Refused, choice, note
 from sft.model.adapter_base import record_base
 from sft.model.directory import ModelDirectory
-from sft.model.files import is_adapter
-from sft.model.moe import moe_layers, route_in_fp32
+from sft.model.from_flags import build_model, check_architecture
+from sft.model.lora import add_adapter, find_targets
+from sft.model.moe import mark_moe_leaves, moe_layers, route_in_fp32
 from sft.model.pretrained import load_pretrained
-from sft.model.weight_files import is_transformers_own
 
-ROWS_RUN_TOGETHER = (
-    "the model is code that its directory brings, which does not keep packed rows apart. Leave --packing out, or pass "
-    "--trust_remote_code false where transformers knows the model"
-)
+# --------------------------------------------------------------------------------------------------------- directories
 
 
-# ---------------------------------------------------------------------------------------------- directories, tokenizer
-
-
-# What is fetched of a hub id, as fnmatch takes it; and not from folders, but for additional_chat_templates.
-FETCHED = ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.py", "*.tiktoken", "*.model", "*.vocab"]
-FETCHED += ["*LICEN[CS]E*", "*icen[cs]e*", "*NOTICE*", "*otice*"]
-NOT_FETCHED = ["[!a]*/*", "a[!d]*/*"]
-
-
-def fetch(args: ModelArguments) -> None:
-    """Bring the files of a hub id here and go on with their directory, as what is saved is laid out like them."""
-    for flag in ("model_name_or_path", "tokenizer_name_or_path"):
-        path = getattr(args, flag)
-        if path is None or looks_local(path):
-            continue
-        weights = ["*.safetensors", "pytorch_model*.bin"] if flag.startswith("model") else [None]
-        for kind in weights:  # the second one only where the first is not there
-            directory = fetch_files(flag, path, [*FETCHED, *filter(None, [kind])], args.cache_dir)
-            if any(Path(directory).glob("*.safetensors")):
-                break
-        if is_adapter(directory):
-            raise Refused(
-                f"--{flag} {path}: is an adapter: fetch it (hf download {path} --local-dir DIR) and give DIR"
-            )
-        setattr(args, flag, directory)
-        args.hub_ids[directory] = path
-
-
-def fetch_files(flag: str, path: str, patterns: list[str], cache_dir: str | None) -> str:
-    """The directory of the cache with a hub id's files; refuses what is not there, or cannot be reached."""
-    try:
-        return snapshot_download(path, cache_dir=cache_dir, allow_patterns=patterns, ignore_patterns=NOT_FETCHED)
-    except (OSError, ValueError) as error:
-        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        raise Refused(
-            f"--{flag} {path}: no such directory (looked in {Path.cwd()}), and not fetched from {hub}: "
-            f"{in_one_line(error)[:200]}. Set HF_ENDPOINT to a mirror that this machine reaches, or fetch it first "
-            f"(modelscope download --model {path} --local_dir DIR) and give DIR"
-        ) from error
-
-
-def open_directory(args: ModelArguments, packing: str = "none") -> ModelDirectory:
+def open_directory(args: ModelArguments) -> ModelDirectory:
     """The directory of the model to train, and its tokenizer's. Refuses one that cannot be trained, before anything is
     loaded from it."""
     path, tokenizer = args.model_name_or_path, args.tokenizer_name_or_path
     if path is None and tokenizer is None:
-        raise Refused(
-            "neither --model_name_or_path nor --tokenizer_name_or_path is given: one of them brings the tokenizer"
-        )
+        either = "neither --model_name_or_path nor --tokenizer_name_or_path is given"
+        raise Refused(f"{either}: one of them brings the tokenizer")
     directory = ModelDirectory(
         path,
         tokenizer,
@@ -94,25 +45,25 @@ def open_directory(args: ModelArguments, packing: str = "none") -> ModelDirector
         hub_id=args.hub_ids.get(path or ""),
     )
     if path is None:
-        from sft.model.from_flags import check_architecture
-
         check_architecture(args)
     directory.check()
-    if packing != "none" and directory.runs_own_code:
-        raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
     if tokenizer and not Path(tokenizer).is_dir():
         raise Refused(f"--tokenizer_name_or_path {tokenizer}: no such directory (looked in {Path.cwd()})")
     return directory
 
 
-def looks_local(path: str) -> bool:
-    """Whether a name is meant as a path on this machine and not as `owner/name` on a hub."""
-    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
-
-
 def may_run_code(args: ModelArguments, path: str | None) -> bool:
     """Whether code that a directory brings may run: as --trust_remote_code says, else that of a local one alone."""
     return path not in args.hub_ids if args.trust_remote_code is None else args.trust_remote_code
+
+
+def check_own_code(directory: ModelDirectory, packing: str, label_smoothing: float) -> None:
+    """Refuse what code that a directory brings does wrong: packing, where attention runs across rows (transformers'
+    classes know them by `position_ids`), and label smoothing, for which the Trainer does not shift the labels."""
+    flag = f"--packing {packing}" if packing != "none" else "--label_smoothing_factor" if label_smoothing else None
+    if flag and directory.runs_own_code:
+        native = "pass --trust_remote_code false where transformers knows the model"
+        raise Refused(f"{flag}: not with the code that a directory brings. Leave it out, or {native}")
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -133,20 +84,14 @@ def load_model(
     Args:
         checkpoint: of an adapter that is trained on; else the adapter that `args` names is, if any.
     """
-    attention = "flash_attention_2" if args.use_flash_attn else None
-    if args.use_flash_attn:
-        check_flash_attention(training)
+    attention = flash_attention() if args.use_flash_attn else None
     options: dict[str, Any] = {"dtype": load_dtype(args, training), "attn_implementation": attention}
     if directory.path is None:
-        from sft.model.from_flags import build_model
-
         model = build_model(args, tokenizer, **options)
     else:
         note_ignored_architecture(args)
         if args.use_lora and args.lora_target_modules and not args.adapter:
-            from sft.model.lora import find_targets
-
-            directory.examine = partial(find_targets, wanted=args.lora_target_modules, quiet=True)
+            directory.examine = partial(find_targets, wanted=args.lora_target_modules)
         if args.load_in_4bit:
             from sft.model.four_bits import in_4_bits
 
@@ -157,15 +102,11 @@ def load_model(
     elif args.router_aux_loss_coef:
         note("--router_aux_loss_coef has no effect: the model has no routers")
     if args.router_aux_loss_coef and model.config.model_type in ("hy_v3", "hy_v4"):
-        note(
-            "warning: --router_aux_loss_coef: Tencent trains Hy3 and Hy4 without a balancing loss; a correction bias "
-            "balances their experts. Leave it out unless that is meant"
-        )
+        why = "Tencent trains Hy3 and Hy4 without a balancing loss; a correction bias balances their experts"
+        note(f"warning: --router_aux_loss_coef: {why}. Leave it out unless that is meant")
     why = "the model's default" if model._supports_sdpa else "this class has no other"
     choice("attention", model.config._attn_implementation, "--use_flash_attn" if attention else why)
     if args.use_lora:
-        from sft.model.lora import add_adapter
-
         model = add_adapter(model, args, checkpoint or args.adapter)
         directory.added["base.json"] = record_base(model, directory)
         if args.train_attention_params_only:
@@ -173,19 +114,8 @@ def load_model(
     else:
         freeze(model, args)
     if args.make_moe_param_leaf_module:
-        mark_moe_leaves(model, training)
+        mark_moe_leaves(model)
     return model
-
-
-def check_own_class(model: PreTrainedModel, packing: str, label_smoothing: float) -> None:
-    """Refuse what only transformers' own classes do right: packing, where attention would run across rows (they tell
-    rows apart by `position_ids`), and label smoothing, for which the Trainer would not shift the labels."""
-    if is_transformers_own(without_adapter(model)):
-        return
-    if packing != "none":
-        raise Refused(f"--packing {packing}: {ROWS_RUN_TOGETHER}")
-    if label_smoothing:
-        raise Refused("--label_smoothing_factor: not with the code that a directory brings; leave it out")
 
 
 def note_ignored_architecture(args: ModelArguments) -> None:
@@ -217,16 +147,21 @@ def load_dtype(args: ModelArguments, training: TrainingArguments) -> torch.dtype
     return dtype
 
 
-def check_flash_attention(training: TrainingArguments) -> None:
+def flash_attention() -> str | None:
+    """transformers' name of the FlashAttention that a package brings; None where there is none."""
+    installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_4": is_flash_attn_4_available}
+    return next((name for name, is_available in installed.items() if is_available()), None)
+
+
+def check_flash_attention(training: TrainingArguments, packing: str) -> None:
     """Refuse --use_flash_attn where it cannot run, with the reason."""
     if training.device.type != "cuda":
         raise Refused(f"--use_flash_attn: FlashAttention needs an NVIDIA GPU, this run is on {training.device.type}")
-    if importlib.util.find_spec("flash_attn") is None:
-        raise Refused(
-            "--use_flash_attn: the package flash_attn is not installed: pip install -r requirements-flash-attn.txt"
-        )
     if not (training.bf16 or training.fp16):
         raise Refused("--use_flash_attn: FlashAttention computes in half precision: add --bf16 (or --fp16)")
+    if flash_attention() is None and (packing == "none" or find_spec("torch.nn.attention.varlen") is None):
+        how = "pip install -r requirements-flash-attn.txt, or add --packing batch: PyTorch's own takes packed rows"
+        raise Refused(f"--use_flash_attn: neither flash_attn nor flash-attn-4 is installed: {how}")
 
 
 # -------------------------------------------------------------------------------------------------- what is trained
@@ -237,28 +172,12 @@ def freeze(model: PreTrainedModel, args: ModelArguments) -> None:
     pattern = r"\.self_attn\." if args.train_attention_params_only else args.trainable_params or ""
     trained = {name for name, _ in model.named_parameters() if re.search(pattern, name) and ".indexer." not in name}
     if not trained:
-        raise Refused(
-            f"--trainable_params {pattern}: no parameter's name matches, e.g. {next(model.named_parameters())[0]}"
-        )
+        name, _ = next(model.named_parameters())
+        raise Refused(f"--trainable_params {pattern}: no parameter's name matches, e.g. {name}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in trained
     if pattern:
         choice("trained", f"{len(trained)} tensors", f"their names match {pattern}")
-
-
-def mark_moe_leaves(model: PreTrainedModel, training: TrainingArguments) -> None:
-    """Make ZeRO-3 gather an MoE layer at once: its experts are not used by every rank in every step."""
-    if not (training.deepspeed and training.hf_deepspeed_config.is_zero3()):
-        note("--make_moe_param_leaf_module has no effect: it is for ZeRO-3")
-        return
-    from deepspeed.utils import set_z3_leaf_modules
-
-    layers = {type(module) for module in moe_layers(model).values()}
-    if not layers:
-        note("--make_moe_param_leaf_module has no effect: the model has no MoE layers")
-        return
-    set_z3_leaf_modules(model, list(layers))
-    choice("ZeRO-3 leaf modules", ", ".join(sorted(cls.__name__ for cls in layers)), "--make_moe_param_leaf_module")
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
@@ -271,18 +190,18 @@ def takes_supervised_head(model: PreTrainedModel, training: TrainingArguments) -
 
     Label smoothing and Liger's kernels want logits at every position.
     """
-    if training.label_smoothing_factor or training.use_liger_kernel:
-        why = "--label_smoothing_factor" if training.label_smoothing_factor else "--use_liger_kernel"
-    else:
-        inner = without_adapter(model)
-        accepted = inspect.signature(inner.forward).parameters
-        takes_mask = hasattr(transformers.modeling_utils, "slice_logits_to_keep")  # not in 5.17
-        if takes_mask and {"logits_to_keep", "kwargs"} <= set(accepted):
-            return True
-        name = type(inner).__name__ if takes_mask else f"transformers {transformers.__version__}"
-        why = f"{name} does not take logits_to_keep"
-    choice("logits", "at every position", why)
-    return False
+    inner = without_adapter(model)
+    accepted = inspect.signature(inner.forward).parameters.keys()
+    for needs_all, why in (
+        (training.label_smoothing_factor, "--label_smoothing_factor"),
+        (training.use_liger_kernel, "--use_liger_kernel"),
+        (not hasattr(transformers.modeling_utils, "slice_logits_to_keep"), f"transformers {transformers.__version__}"),
+        (not accepted >= {"logits_to_keep", "kwargs"}, f"{type(inner).__name__} does not take logits_to_keep"),
+    ):
+        if needs_all:
+            choice("logits", "at every position", why)
+            return False
+    return True
 
 
 def accepts_loss_kwargs(model: PreTrainedModel) -> bool:

@@ -4,12 +4,15 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from sft.messages import choice, note
 from sft.model.weight_files import is_transformers_own
 
 
@@ -18,17 +21,13 @@ def moe_layers(model: nn.Module) -> dict[str, nn.Module]:
     layers = {}
     for name, module in model.named_modules():
         if hasattr(module, "gate") and hasattr(module, "experts"):
-            number = name.rpartition(".layers.")[2].split(".")[0]
-            layers[number] = module
+            layers[name.rpartition(".layers.")[2].split(".")[0]] = module
     return layers
 
 
 def route_in_fp32(model: PreTrainedModel) -> None:
-    """Make routers multiply in fp32, whatever the dtype of their weight is.
-
-    ZeRO casts the weight to half precision, and transformers' hunyuan_v1_moe then multiplies in half precision.
-    Autocast would do so on any class.
-    """
+    """Make routers multiply in fp32. transformers' hunyuan_v1_moe does so in the dtype of the weight, which ZeRO casts
+    to half precision; autocast would do the same to any class."""
 
     def linear(weight_of: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -45,6 +44,18 @@ def route_in_fp32(model: PreTrainedModel) -> None:
             layer.gate.forward = functools.partial(without_autocast, layer.gate.forward)
 
 
+def mark_moe_leaves(model: PreTrainedModel) -> None:
+    """Make ZeRO-3 gather an MoE layer at once: its experts are not used by every rank in every step."""
+    classes = {type(layer) for layer in moe_layers(model).values()}
+    if not (classes and is_deepspeed_zero3_enabled()):
+        why = "it is for ZeRO-3" if classes else "the model has no MoE layers"
+        return note(f"--make_moe_param_leaf_module has no effect: {why}")
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, list(classes))
+    choice("ZeRO-3 leaf modules", ", ".join(sorted(cls.__name__ for cls in classes)), "--make_moe_param_leaf_module")
+
+
 class Routers(TrainerCallback):
     """Watches the routers while the loss is computed.
 
@@ -56,8 +67,7 @@ class Routers(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, coefficient: float, report_load: bool = True):
-        self.coefficient = coefficient
-        self.report_load = report_load
+        self.coefficient, self.report_load = coefficient, report_load
         self.watching = False
         self.mask: torch.Tensor | None = None
         self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # with a coefficient: each layer's logits and choice
@@ -65,39 +75,27 @@ class Routers(TrainerCallback):
         self.losses: list[torch.Tensor] = []  # since the last log
         for number, layer in moe_layers(model).items():
             if is_transformers_own(layer):
-                layer.gate.register_forward_hook(functools.partial(self.see_gate, number))
+                layer.gate.register_forward_hook(functools.partial(self.see, number, None))
             else:  # a directory's own code: its gate drops what is over an expert's capacity, so look before that
                 top_k = first_of(getattr(model.config, "moe_topk", 1))
-                layer.gate.wg.register_forward_hook(functools.partial(self.see_linear, number, top_k))
+                layer.gate.wg.register_forward_hook(functools.partial(self.see, number, top_k))
 
-    def see_gate(self, number: str, gate: nn.Module, args: tuple, output: tuple) -> None:
-        """Forward hook on a router that returns logits, weights and chosen experts."""
-        self.see(number, output[0], output[2])
-
-    def see_linear(self, number: str, top_k: int, linear: nn.Module, args: tuple, logits: torch.Tensor) -> None:
-        """Forward hook on a linear layer whose `top_k` largest outputs are the chosen experts."""
-        self.see(number, logits, logits.topk(top_k).indices)
-
-    def see(self, number: str, logits: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Take up a router's logits (tokens, experts) and the experts that it chose (tokens, k)."""
+    def see(self, number: str, top_k: int | None, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook on a router, which returns logits (tokens, experts), weights and chosen experts (tokens, k);
+        or, with `top_k`, on a linear layer that returns the logits, of which the largest are chosen."""
         if not self.watching:
             return
+        logits, chosen = (output, output.detach().topk(top_k).indices) if top_k else (output[0], output[2])
         if self.report_load:
-            counts = tokens_per_expert(logits, chosen, self.real(logits))
-            self.counts[number] = self.counts[number] + counts if number in self.counts else counts
+            self.counts[number] = self.counts.get(number, 0) + tokens_per_expert(logits, chosen, self.real(logits))
         if self.coefficient:
             self.seen.append((logits, chosen))
 
     @contextmanager
     def watch(self, attention_mask: torch.Tensor | None) -> Iterator[None]:
-        """See the routers of one forward pass, but not when activation checkpointing repeats it.
-
-        Args:
-            attention_mask: (batch, length), 0 where there is padding; None where there is none.
-        """
-        self.seen = []
-        self.mask = attention_mask
-        self.watching = True
+        """See the routers of one forward pass, but not when activation checkpointing repeats it. The mask is (batch,
+        length), 0 where there is padding; None where there is none."""
+        self.seen, self.mask, self.watching = [], attention_mask, True
         try:
             yield
         finally:
@@ -120,26 +118,19 @@ class Routers(TrainerCallback):
         self.losses = []
         return mean.item()
 
-    def expert_load(self) -> dict[str, torch.Tensor]:
-        """{layer: (experts,) share of the real tokens since the last log}, of all ranks together and on the CPU; one
-        collective for all layers. All ranks must call."""
-        if not self.counts:
-            return {}
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add the load of each layer since the last log, of all ranks together, to what TensorBoard and the like show;
+        `log_history` does not get it and stays small. One collective for all layers: all ranks must call."""
+        if "loss" not in (logs or {}) or not self.counts:
+            return
         sizes = [len(counts) for counts in self.counts.values()]
         total = reduce(torch.cat(list(self.counts.values()))).double().cpu()
-        load = {number: part / part.sum() for number, part in zip(self.counts, total.split(sizes))}
-        self.counts = {}
-        return load
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Add the load of each layer to what TensorBoard and the like show. `log_history` does not get it and stays
-        small."""
-        if "loss" not in (logs or {}):
-            return
-        for number, share in self.expert_load().items():
+        for number, counts in zip(self.counts, total.split(sizes)):
+            share = counts / counts.sum()
             logs[f"expert_load/layer_{number}/least"] = share.min().item()
             logs[f"expert_load/layer_{number}/most"] = share.max().item()
             logs[f"expert_load/layer_{number}/entropy"] = torch.special.entr(share).sum().item()
+        self.counts = {}
 
 
 def first_of(value: int | list[int]) -> int:
@@ -157,9 +148,8 @@ def load_balancing_loss(seen: list[tuple[torch.Tensor, torch.Tensor]], real: tor
     """E · Σ f_e · P_e over the E experts: equations (4) to (6) of Switch Transformer (Fedus et al. 2021), for k
     experts a token. It is k when the load is even.
 
-    f_e is the share of real tokens that were sent to expert e (the shares add up to k). P_e is the mean of the softmax
-    of the router's logits. Both are over the tokens of all layers, as transformers computes it for its own classes.
-    f_e counts the experts that were really chosen, because Hy3 adds a correction to its scores before it chooses.
+    f_e is the share of real tokens that were sent to expert e, really sent: Hy3 adds a correction to its scores before
+    it chooses. P_e is the mean of the softmax of the router's logits. Both are over the tokens of all layers.
 
     Args:
         seen: for each layer its logits (tokens, experts) and its chosen experts (tokens, k).

@@ -11,11 +11,11 @@ import sys
 from typing import Any
 
 import accelerate
-import torch
 import transformers.utils.import_utils
 from transformers import AutoConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.utils import logging
 
@@ -28,10 +28,9 @@ def load_with_own_code(directory: ModelDirectory, **options: Any) -> tuple[PreTr
     config = AutoConfig.from_pretrained(directory.path, trust_remote_code=True)
     config.use_cache = False  # a cache is of a class that is gone
     if not (directory.config.get("rope_scaling") or directory.config.get("rope_parameters")):
-        # transformers 5 makes a dict of null
-        config.rope_scaling = None
+        config.rope_scaling = None  # transformers 5 makes a dict of null
     directory.check_tensors(cls, config)
-    model, info = cls.from_pretrained(str(directory.path), config=config, **options, output_loading_info=True)
+    model, info = cls.from_pretrained(str(directory.path), config=config, **options)
     fill_buffers(model)
     if model.generation_config:
         model.generation_config.use_cache = False
@@ -66,13 +65,8 @@ def fill_buffers(model: PreTrainedModel) -> None:
     """
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = min(config.num_hidden_layers, max(1, getattr(config, "cla_share_factor", 1)))
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(model.dtype)
-    try:
-        with no_init_weights(), accelerate.init_empty_weights(include_buffers=False):
-            computed = dict(type(model)(config).named_buffers())
-    finally:
-        torch.set_default_dtype(default)
+    with local_torch_dtype(model.dtype), no_init_weights(), accelerate.init_empty_weights(include_buffers=False):
+        computed = dict(type(model)(config).named_buffers())
     for name, module in model.named_modules():
         for short in module._non_persistent_buffers_set:
             buffer = getattr(module, short)

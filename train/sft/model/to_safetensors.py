@@ -12,15 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 
-from sft.messages import Refused, in_one_line, read_json, run_script
-from sft.model.files import write_json
-from sft.model.weight_files import BIN_INDEX, INDEX
+from sft.messages import Refused, in_one_line, run_script
+from sft.model.weight_files import BIN_INDEX
 
 
 def main(argv: list[str]) -> None:
-    """Write the new directory, a file at a time; config.json comes last, so that one that is cut short has none."""
+    """Write the new directory; config.json comes last, so that one that is cut short has none."""
     if len(argv) != 2:
         raise Refused("give two directories: the model's, and a new one for the safetensors files")
     old, new = map(Path, argv)
@@ -28,23 +27,15 @@ def main(argv: list[str]) -> None:
     if not weights or new.exists():
         raise Refused(f"{new}: is there already" if weights else f"{old}: holds no pytorch_model*.bin")
     shutil.copytree(old, new, ignore=shutil.ignore_patterns("*.bin", "config.json", BIN_INDEX))
+    state: dict[str, torch.Tensor] = {}
     for file in weights:
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise Refused(f"{file}: cannot be read: {in_one_line(error)}") from error
-        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-        save_file(own, new / renamed(file.name), metadata={"format": "pt"})
-    if (old / BIN_INDEX).is_file():
-        index = read_json(old / BIN_INDEX)
-        places = {name: renamed(file) for name, file in index["weight_map"].items()}
-        write_json(new / INDEX, {"metadata": {}} | index | {"weight_map": places})
+    save_torch_state_dict(state, new, shared_tensors_to_discard=["lm_head.weight"])  # of a tied head
     shutil.copyfile(old / "config.json", new / "config.json")
     print(f"written: {new}")
-
-
-def renamed(file: str) -> str:
-    return file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import logging
 import os
 import queue
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -79,7 +78,7 @@ def call_torch(job: dict, failed: list, killed: set[int]) -> None:
     except ChildFailedError as error:
         codes = {n: failure.exitcode for n, failure in error.failures.items() if failure.pid not in killed}
         rank = first_failure(codes or {job["first_rank"]: -signal.SIGKILL})
-        failed.append((rank, codes.get(rank, -signal.SIGKILL), full_disk(job["output"])))
+        failed.append((rank, codes.get(rank, -signal.SIGKILL), ""))
     except Exception as error:  # of torch's agent itself
         failed.append((job["first_rank"], 1, f": {type(error).__name__}: {error}"))
 
@@ -95,14 +94,6 @@ def first_failure(codes: dict[int, int]) -> int:
     peer, and torch sends the others SIGTERM, at which they end or stop."""
     weights = {-signal.SIGTERM: 0, 1: 1, EXIT_STOPPED: 1}
     return max(codes, key=lambda rank: weights.get(codes[rank], 2))
-
-
-def full_disk(directory: str | None) -> str:
-    """Words on an output directory without room: libraries have others for it."""
-    with contextlib.suppress(OSError):
-        if directory and shutil.disk_usage(directory).free < 1 << 16:
-            return f" (no space left in {directory} there)"
-    return ""
 
 
 class Ranks:
@@ -146,8 +137,8 @@ def run(job: dict, orders: queue.SimpleQueue) -> tuple[int, str]:
     """Run the ranks of one node to their end. Returns the exit code of the first that failed, and what failed.
 
     Args:
-        job: command (without the interpreter), world_size, nodes (how many), master [host, port], output (a directory,
-            or None), and of this node: number, host, slots, first_rank.
+        job: command (without the interpreter), world_size, nodes (how many), master [host, port], and of this node:
+            number, host, slots, first_rank.
         orders: {"signal": number}, which asks the ranks to stop. A second one that comes AGAIN_SECONDS later, or
             {"end": True}, ends them within KILL_SECONDS.
     """

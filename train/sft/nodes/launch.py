@@ -25,16 +25,7 @@ from sft.nodes.agent import AGAIN_SECONDS, KILL_SECONDS, SILENCE_SECONDS, run
 from sft.nodes.preflight import examine, number_from, read_nodes
 from sft.nodes.ssh import Node
 from sft.processes import forget_step, free_port, step_made
-from sft.stopping import (
-    BEFORE_THE_FIRST_STEP,
-    EXIT_STOPPED,
-    SIGNALS,
-    end_at_signals,
-    go_on_from,
-    not_ignored,
-    write_line,
-)
-from sft.training.manifest import MANIFEST, checkpoints_in, step_of
+from sft.stopping import BEFORE_THE_FIRST_STEP, EXIT_STOPPED, SIGNALS, end_at_signals, not_ignored, write_line
 
 FORWARDED = (
     "NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_", "CUDA_", "DS_", "WANDB_", "PYTORCH_", "TRANSFORMERS_", "TQDM_",
@@ -106,22 +97,13 @@ def launch(command: list[str], given: dict[str, Any], log: Path | None) -> int:
             return failure.code
         restarts, furthest, how = restarts + 1, max(furthest, step or 0), "beginning again"
         if step is not None:  # else what is in the output directory is of an earlier run
-            how, words = "going on from the newest whole checkpoint", words_at_a_stop(Path(output))
+            how, words = "going on from the newest whole checkpoint", GO_ON_LATER
             forget_step(output)
             if not given.get("auto_resume"):
                 command, given = [*command, "--auto_resume", "True"], given | {"auto_resume": True}
         print(f"\nrestart {restarts} of {most}: {failure.what}; {how}", flush=True)
         end_at_signals(words)
         time.sleep(NOT_READY_SECONDS if refused else LOST_NODE_SECONDS if failure.weight == 2 else RESTART_SECONDS)
-
-
-def words_at_a_stop(output: Path) -> str:
-    """What one is told who stops a job that is started again, before it has made a new step."""
-    saved = [path for path in checkpoints_in(output) if (path / MANIFEST).exists()]
-    if not saved:
-        return GO_ON_LATER
-    how = go_on_from(saved[-1], os.environ.get("GO_ON_WITH", "bash train.sh"))
-    return f"stopped on request at step {step_of(saved[-1])}. {how}"
 
 
 def run_once(command: list[str], given: dict[str, Any], log: Path | None) -> tuple[Failure | None, bool]:
@@ -145,7 +127,7 @@ def run_once(command: list[str], given: dict[str, Any], log: Path | None) -> tup
     for number in before:
         signal.signal(number, take)
     job = {"command": command, "world_size": sum(node.slots for node in nodes), "nodes": len(nodes)}
-    job |= {"master": [nodes[0].host if several else "127.0.0.1", port], "output": given.get("output_dir")}
+    job["master"] = [nodes[0].host if several else "127.0.0.1", port]
     parts = [job | {name: getattr(node, name) for name in ("number", "host", "slots", "first_rank")} for node in nodes]
     if several:
         for node, part in zip(nodes, parts, strict=True):

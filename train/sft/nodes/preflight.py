@@ -183,9 +183,8 @@ def listen_on(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
-        fix = "choose another"
-        if error.errno != errno.EADDRINUSE:
-            fix = "set LOCAL_IP to this machine's address"
+        taken = error.errno == errno.EADDRINUSE
+        fix = "choose another" if taken else "set LOCAL_IP to this machine's address"
         what = str(error.strerror).partition(" (while")[0]
         raise Refused(f"MASTER_PORT={port} on {host}: {what}; {fix}") from None
 

@@ -14,9 +14,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sft.arguments import TrainingArguments
-from sft.messages import choice
+from sft.data.batches import row_boundaries
+from sft.messages import choice, note
 
-ROW_BY_ROW = "sdpa_row_by_row"
+ROW_BY_ROW, VARLEN = "sdpa_row_by_row", "torch_varlen"
 
 
 @torch.compiler.disable
@@ -44,6 +45,30 @@ def attend_row_by_row(
     return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None
 
 
+def attend_varlen(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The same by one kernel of PyTorch's for all rows, on a GPU in half precision. `cu_seq_lens_q` (rows + 1,):
+    where each begins, int32. Without DeepSpeed query and key arrive in fp32: rotary positions are."""
+    if cu_seq_lens_q is None or attention_mask is not None or query.shape[2] != key.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    from torch.nn.attention.varlen import varlen_attn
+
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    states = [tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)]
+    ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    return varlen_attn(*states, *ends, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None], None
+
+
 def no_mask_for_rows(
     batch_size: int,
     q_length: int,
@@ -61,37 +86,45 @@ def no_mask_for_rows(
     return sdpa_mask(batch_size, q_length, kv_length, *args, **more, **kwargs)
 
 
-ALL_ATTENTION_FUNCTIONS.register(ROW_BY_ROW, attend_row_by_row)
-ALL_MASK_ATTENTION_FUNCTIONS.register(ROW_BY_ROW, no_mask_for_rows)
+for name, function in ((ROW_BY_ROW, attend_row_by_row), (VARLEN, attend_varlen)):
+    ALL_ATTENTION_FUNCTIONS.register(name, function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, no_mask_for_rows)
 
 
-def keep_rows_apart(model: PreTrainedModel, args: TrainingArguments) -> None:
-    """Let a model that is trained on packed rows attend row by row where that is what it does with a mask; a line says
-    which it is."""
+def keep_rows_apart(model: PreTrainedModel, args: TrainingArguments, use_flash_attn: bool = False) -> None:
+    """Let a model that is trained on packed rows attend without a mask of all tokens, where two short rows get what
+    they get with one; a line says how it attends, and why. With `use_flash_attn` and without its package by PyTorch's
+    own kernel."""
     config, before = model.config, model.config._attn_implementation
-    if before != "sdpa":
-        why = f"{before}, which knows no other way" if before == "eager" else before
-    elif getattr(config, "attention_dropout", 0):
-        why = "attention_dropout would draw other numbers"
-    elif getattr(config, "sliding_window", None):
-        why = "the model's window slides"
-    elif not is_as_with_mask(config, args.device, torch.bfloat16 if args.bf16 else torch.float32):
-        why = "on this device it gives other values row by row"
-    else:
-        model.set_attn_implementation(ROW_BY_ROW)
-        return choice("attention of packed rows", "row by row", "no mask of all tokens by all tokens")
-    return choice("attention of packed rows", before, why)
+    if before == "eager":
+        return choice("attention of packed rows", before, "it knows no other way")
+    for what in ("attention_dropout", "sliding_window"):
+        if before == "sdpa" and getattr(config, what, None):
+            return choice("attention of packed rows", before, f"{what} is set")
+    kinds = [before] if before != "sdpa" else [VARLEN] if use_flash_attn else []
+    for kind in (*kinds, ROW_BY_ROW):
+        if is_as_with_mask(config, kind, args):
+            model.set_attn_implementation(kind)
+            return choice("attention of packed rows", kind, "no mask of all tokens by all tokens")
+        note(f"warning: attention of packed rows: {kind} gives other values than a mask on this device: not used")
+    model.set_attn_implementation("sdpa")
+    return choice("attention of packed rows", "sdpa", "with a mask of all tokens by all tokens")
 
 
-def is_as_with_mask(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether two short rows get the same, row by row and with a mask."""
+def is_as_with_mask(config: PreTrainedConfig, kind: str, args: TrainingArguments) -> bool:
+    """Whether two short rows get the same by an attention function and with a mask."""
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    module = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
+    module = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True, config=config, layer_idx=0)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     draw, lengths = torch.Generator().manual_seed(0), [9, 15]  # the run's own numbers stay as they are
     shapes = [(1, number, sum(lengths), size) for number in (heads, key_heads, key_heads)]
-    states = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
-    mask = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths)).bool().to(device)
-    ours, _ = attend_row_by_row(module, *states, None, row_lengths=lengths)
+    states = [torch.randn(shape, generator=draw).to(args.device, dtype) for shape in shapes]
+    rows = {n: v.to(args.device) if torch.is_tensor(v) else v for n, v in row_boundaries(lengths).items()}
+    mask = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths)).bool().to(args.device)
     theirs, _ = sdpa_attention_forward(module, *states, mask[None, None])
+    try:
+        ours, _ = ALL_ATTENTION_FUNCTIONS[kind](module, *states, None, **rows)
+    except (RuntimeError, ValueError, ImportError, NotImplementedError):
+        return False
     return torch.allclose(ours, theirs, atol=1e-5 if dtype == torch.float32 else 2e-2)

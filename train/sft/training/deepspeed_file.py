@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -145,22 +145,19 @@ def check_deepspeed(config: dict[str, Any], given: dict[str, Any], use_lora: boo
 
 def faults(error: Any) -> Iterator[str]:
     """What pydantic found, as `key: expected …, found …`."""
-    import deepspeed.runtime.precision_config as precision
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
-    models = {"zero_optimization": DeepSpeedZeroConfig}
-    models |= {"fp16": precision.DeepSpeedFP16Config, "bf16": precision.DeepSpeedBF16Config}
-    section = next((name for name, model in models.items() if model.__name__ == error.title), error.title)
+    sections = {
+        "DeepSpeedZeroConfig": "zero_optimization",
+        "DeepSpeedFP16Config": "fp16",
+        "DeepSpeedBF16Config": "bf16",
+    }
+    models = [model for model in DeepSpeedConfigModel.__subclasses__() if "runtime" in model.__module__]
+    known = {field.alias or name for model in models for name, field in model.model_fields.items()}
     for fault in error.errors():
-        *path, key = fault["loc"] or ("",)
-        where = ".".join(map(str, (section, *fault["loc"])))
-        model: Any = models.get(section)
-        for part in path:
-            kind = model.model_fields[part].annotation if part in getattr(model, "model_fields", ()) else None
-            model = next((m for m in (kind, *get_args(kind)) if hasattr(m, "model_fields")), None)
+        where = ".".join(map(str, (sections.get(error.title, error.title), *fault["loc"])))
         if fault["type"] == "extra_forbidden":
-            known = [name for n, field in model.model_fields.items() for name in (field.alias or n,)] if model else []
-            yield f"{where}: unknown key{nearest(str(key), known)}"
+            yield f"{where}: unknown key{nearest(str(fault['loc'][-1]), known)}"
         elif fault["loc"]:
             rule = fault["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
             found = json.dumps(fault["input"], default=str)

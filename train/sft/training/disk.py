@@ -19,9 +19,13 @@ from sft.arguments import TrainingArguments
 from sft.messages import in_units, note
 from sft.training.environment import ranks_of_this_disk, refuse_together
 from sft.training.manifest import checkpoints_in, is_whole
+from sft.training.progress import number_of_parameters
 from sft.training.save import save_dtype
 
+# bytes that an optimizer keeps for each trained parameter, where it is not Adam's 8
+MOMENTS = {"8bit": 2, "adafactor": 0, "sgd": 0, "galore": 2, "lion": 4, "rmsprop": 4, "adagrad": 4, "apollo": 2}
 # torch.save, also DeepSpeed's, does not say what the system said
+TORCH_FAILED = -1
 TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|iostream error|cannot be opened|Parent directory")
 
 
@@ -30,29 +34,21 @@ def checkpoint_bytes(model: PreTrainedModel, args: TrainingArguments) -> int:
 
     Weights: an adapter 4 a parameter; without DeepSpeed 4 a parameter of the model; with it as in the final model
     (2 with --bf16 or --fp16, else 4), and under ZeRO-1 and 2 the module once more, an adapter's frozen part left out.
-    Optimizer: for each trained parameter 8 (Adam's moments; other optimizers see `moments`); under ZeRO 4 more for
-    the fp32 master. None with --save_only_model. With --save_on_each_node ZeRO's state is divided among the nodes.
+    Optimizer: for each trained parameter 8 (Adam's; of others see MOMENTS), under ZeRO 4 more for the fp32 master;
+    none with --save_only_model. With --save_on_each_node ZeRO's state is divided among the nodes.
     """
-    sizes = {True: 0, False: 0}  # numbers that are trained, and that are not
-    for parameter in model.parameters():
-        sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
-    trained, saved = sizes[True], sizes[True] if hasattr(model, "peft_config") else sum(sizes.values())
-    half = bool(args.deepspeed) and not hasattr(model, "peft_config")
-    total = saved * (save_dtype(args).itemsize if half else 4)
+    is_adapter, trained = hasattr(model, "peft_config"), number_of_parameters(model, trained=True)
+    saved = trained if is_adapter else number_of_parameters(model)
+    total = saved * (save_dtype(args).itemsize if args.deepspeed and not is_adapter else 4)
     if args.save_only_model:
         return total
     stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0) if args.deepspeed else None
-    state = trained * (moments(str(args.optim)) + (4 if stage else 0))
+    moments = next((size for name, size in MOMENTS.items() if name in str(args.optim)), 8)
+    state = trained * (moments + (4 if stage else 0))
     if stage and args.save_on_each_node:
         state = state * len(ranks_of_this_disk(args)) // args.world_size
     module = saved * save_dtype(args).itemsize if stage is not None and stage < 3 else 0
     return total + state + module
-
-
-def moments(optimizer: str) -> int:
-    """Bytes that an optimizer keeps for each trained parameter, beside the masters; 8 where it is not known."""
-    kept = {"8bit": 2, "adafactor": 0, "sgd": 0, "galore": 2, "lion": 4, "rmsprop": 4, "adagrad": 4, "apollo": 2}
-    return next((size for name, size in kept.items() if name in optimizer), 8)
 
 
 def check_space(model: PreTrainedModel, args: TrainingArguments, num_examples: int) -> None:
@@ -104,16 +100,13 @@ def why_not_saved(place: Path, size: int, error: Exception) -> str | None:
     if number is None:
         return f"failed: {error}" if isinstance(error, OSError) else None
     why = os.strerror(number)
-    if number == errno.ENOENT:
-        why = "the directory was replaced" if output.exists() else "the directory is gone"
+    if number == errno.ENOENT and not output.exists():
+        why = "the directory is gone"
     if number in (errno.ENOSPC, errno.EDQUOT):
         needed = size - written - free
         why += f": {in_units(free)} are free in {output}" + f", {in_units(needed)} more are needed" * (needed > 0)
     whole = [path.name for path in checkpoints_in(output) if is_whole(path)]
     return f"failed: {place} could not be saved: {why}. Newest whole checkpoint: {whole[-1] if whole else 'none'}"
-
-
-TORCH_FAILED = -1
 
 
 def error_number(error: BaseException | None) -> int | None:

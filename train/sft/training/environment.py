@@ -161,7 +161,7 @@ def complete_variables() -> None:
 def init_gloo(seconds: int, backend: str) -> None:
     """Start the process group of ranks on CPUs with --ddp_timeout. transformers 5.23 starts it with gloo's own 30
     minutes; goes with the release that passes the timeout on (tests/unit/test_arguments.py says when)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+    if number_of_processes() > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
 
 
@@ -182,11 +182,7 @@ def use_built_arguments(training: transformers.TrainingArguments) -> None:
 
 def refuse_together(why: str | None) -> None:
     """Refuse on all ranks with the first reason that one has. All ranks must call."""
-    ranks = [why]
-    if torch.distributed.is_initialized():
-        ranks = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(ranks, why)
-    if first := next(filter(None, ranks), None):
+    if first := next(filter(None, from_all_ranks(why)), None):
         raise Refused(first)
 
 
@@ -230,21 +226,17 @@ def failing_together(explain: Callable[[Exception], str | None]) -> Iterator[Non
             torch.distributed.barrier()
     except Exception as error:
         line = explain(error)
+        done.set()
         if store:
-            done.set()
             watch.join()
             if store.add(FAILED, 1) > 1:  # another rank has said why
-                end_for_another(store)
-            if line:
-                print(f"\n{line}", file=sys.stderr, flush=True)  # below the bar
-            with contextlib.suppress(torch.distributed.DistError):
-                ranks = set(range(torch.distributed.get_world_size())) - {torch.distributed.get_rank()}
-                store.wait([f"rank {rank} ends" for rank in ranks], timedelta(seconds=20))
-                time.sleep(LAST_SECONDS)  # with the store, which this process may serve, its clients would end noisily
-            if line:
-                sys.exit(1)
-        elif line:
-            sys.exit(f"\n{line}")
+                end_after_another()
+        if line:
+            print(f"\n{line}", file=sys.stderr, flush=True)  # below the bar
+        if store:
+            time.sleep(2 * LAST_SECONDS)  # with the store, which rank 0 serves, the others would end noisily
+        if line:
+            sys.exit(1)
         raise
     finally:
         done.set()
@@ -252,19 +244,17 @@ def failing_together(explain: Callable[[Exception], str | None]) -> Iterator[Non
 
 def end_with_the_others(store: torch.distributed.Store, done: threading.Event) -> None:
     """End this process with exit code 1 once another rank has failed, or has taken the store with it. In a thread."""
-    while not done.wait(0.5):
+    while not done.wait(LAST_SECONDS / 2):
         try:
             if store.check([FAILED]):
-                end_for_another(store)
+                end_after_another()
         except torch.distributed.DistError:
             os._exit(1)
 
 
-def end_for_another(store: torch.distributed.Store) -> NoReturn:
-    """Tell the rank that has failed that this one ends, and end it, from any thread."""
-    rank = torch.distributed.get_rank()
-    store.set(f"rank {rank} ends", "")
-    time.sleep(LAST_SECONDS if rank == 0 else 0.1)  # it serves the store: the others end first
+def end_after_another() -> NoReturn:
+    """End this process with exit code 1, from any thread; the rank that serves the store after the others."""
+    time.sleep(LAST_SECONDS if torch.distributed.get_rank() == 0 else 0)
     os._exit(1)
 
 

@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from sft.messages import choice
 from sft.stopping import NOTHING_SAVED, go_on_from
-from sft.training.manifest import is_whole
+from sft.training.manifest import checkpoints_in, is_whole
 from sft.training.output_dir import keep_step
 
 
@@ -50,7 +50,6 @@ class GoOn(TrainerCallback, ExportableState):
     def __init__(self, trainer: transformers.Trainer, best: Path | None = None):
         self.trainer = trainer
         self.best = best  # the best checkpoint before this process
-        self.saved: list[Path] = []  # checkpoints of this process
         self.save_later = False  # at the epoch's end
         if best:  # the Trainer looks where it was saved, and says that it is gone
             logger = logging.getLogger("transformers.trainer")
@@ -100,12 +99,9 @@ class GoOn(TrainerCallback, ExportableState):
         """Let the final trainer_state.json have the callbacks' states of now, and not of the last checkpoint."""
         state.stateful_callbacks |= {name: callback.state() for name, callback in self.stateful()}
 
-    def on_save(self, args, state, control, **kwargs):
-        self.saved.append(Path(args.output_dir, f"checkpoint-{state.global_step}"))
-
     def how(self, args: TrainingArguments) -> str:
         """What was saved last, and the command that goes on from it: train.sh where that has started us."""
-        saved = next(filter(is_whole, reversed(self.saved)), None)  # the last one may not be whole yet
+        saved = next(filter(is_whole, reversed(checkpoints_in(Path(args.output_dir)))), None)
         if saved is None:
             return NOTHING_SAVED
         if args.save_only_model:

@@ -1,73 +1,15 @@
-"""The head and the loss at the supervised positions, in chunks of them: no logits are kept.
-
-Its gradients are computed with the loss, chunk by chunk, as in the fused losses that others write as kernels: memory
-does not grow with vocabulary × positions. Where the model's config says `enable_lm_head_fp32` (Hy3, Hy-MT2) the head
-computes in fp32, which transformers 5.23 does not.
-"""
+"""How the loss of a step is computed: by the head in chunks, or from all logits."""
 
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from sft.data.examples import IGNORE_INDEX
 from sft.messages import choice
+from sft.model.head import Head, put_head
 from sft.model.load import without_adapter
-from sft.model.weight_files import is_transformers_own
-
-LOGITS = 2**26  # at once: 256 MB in fp32
-
-
-class SumOfLosses(torch.autograd.Function):
-    """Cross entropy of hidden (positions, width) through weight (vocabulary, width) against targets (positions,):
-    the sum, in fp32. `dtype` is that of the two matrices where they are multiplied."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype):
-        total = torch.zeros((), device=hidden.device)
-        of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        matrix, size = weight.to(dtype), max(1, LOGITS // len(weight))
-        for i in range(0, len(hidden), size):
-            part, wanted = hidden[i : i + size].to(dtype), targets[i : i + size, None]
-            logits = linear(part, matrix).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(-1, wanted)).sum()
-            if of_hidden is None and of_weight is None:
-                continue
-            slope = logits.sub_(log_sum).exp_()  # softmax minus one at the target
-            slope = slope.scatter_add_(-1, wanted, slope.new_full((len(part), 1), -1.0)).to(dtype)
-            if of_hidden is not None:
-                of_hidden[i : i + size] = slope @ matrix
-            if of_weight is not None:
-                of_weight += slope.T @ part
-        ctx.gradients = of_hidden, None if of_weight is None else of_weight.to(weight.dtype)
-        return total
-
-    @staticmethod
-    def backward(ctx, factor):
-        of_hidden, of_weight = (None if g is None else g.mul_(factor.to(g.dtype)) for g in ctx.gradients)
-        return of_hidden, of_weight, None, None
-
-
-class Head(torch.nn.Linear):
-    """An output head that gives, once after `targets` (positions,) are set, the sum of their losses and no logits."""
-
-    targets: torch.Tensor | None = None
-    in_fp32: bool = False
-
-    @torch.compiler.disable
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        targets, self.targets = self.targets, None
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        dtype = torch.float32 if self.in_fp32 else dtype
-        with torch.autocast(kind, enabled=False):
-            if targets is None:
-                return linear(hidden.to(dtype), self.weight.to(dtype))
-            weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
-            return SumOfLosses.apply(hidden, weight, targets, dtype)
 
 
 def mean_of_sum(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None, **kwargs) -> torch.Tensor:
@@ -76,26 +18,16 @@ def mean_of_sum(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: 
 
 
 def compute_in_chunks(model: PreTrainedModel, at_supervised: bool, fp16: bool) -> Head | None:
-    """Put Head in the place of the model's head. Returns it where the loss is to be computed in chunks, or None; a
-    line says why not."""
-    inner, why = without_adapter(model), None
-    theirs, in_fp32 = inner.get_output_embeddings(), getattr(inner.config, "enable_lm_head_fp32", False)
-    if type(theirs) is not torch.nn.Linear or theirs.bias is not None or not is_transformers_own(inner):
-        why = "the head is not transformers' matrix alone"
-    else:
-        ours = Head(theirs.in_features, theirs.out_features, bias=False, device="meta")
-        ours.weight, ours.in_fp32 = theirs.weight, in_fp32
-        inner.set_output_embeddings(ours)
-        if in_fp32:
-            choice("dtype of the head", "float32", "enable_lm_head_fp32 in config.json")
-        if fp16:
-            why = "--fp16, whose gradients need their scale"
-    if why:
+    """The head that computes the loss, once it is given targets; None where it gives logits, and a line why."""
+    inner = without_adapter(model)
+    head = put_head(inner)
+    if head is None or fp16:
+        why = "--fp16: its gradients need their scale" if head else "the head is not transformers' matrix alone"
         choice("loss", "of all logits at once", why)
-    if why or not at_supervised:
+    if head is None or fp16 or not at_supervised:
         return None
     inner.loss_function = mean_of_sum
-    return ours
+    return head
 
 
 def mean_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:

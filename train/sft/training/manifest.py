@@ -70,7 +70,7 @@ class RestOfSave:
         try:
             write_manifest(self.checkpoint, args, hashed)
             if args.should_save:
-                rotate(self.checkpoint.parent, limit, best, step_of(self.checkpoint))
+                rotate(self.checkpoint.parent, limit, best)
             self.work.set_result(None)
         except Exception as error:
             self.work.set_exception(error)
@@ -101,9 +101,9 @@ def write_manifest(checkpoint: Path, args: TrainingArguments, hashed: Hashed | N
     Raises OSError where the saving rank does not see another's files."""
     disk, hashed = ranks_of_this_disk(args), begin_hashing(checkpoint, args) if hashed is None else hashed
     own = {name: entry.result() for name, entry in hashed.items()}
-    ranks = from_all_ranks(own) if args.world_size > 1 else [own]
+    ranks = from_all_ranks(own)
     if args.should_save:
-        files = {name: entry for theirs in ranks[disk.start : disk.stop] for name, entry in theirs.items()}
+        files = {name: entry for rank in disk for name, entry in ranks[rank].items()}
         deadline = time.monotonic() + SEEN_WITHIN
         while fault := wrong_size(checkpoint, files):
             if time.monotonic() > deadline:
@@ -244,15 +244,11 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-def rotate(output: Path, limit: int | None, best: str | None, newest: int | None = None) -> None:
+def rotate(output: Path, limit: int | None, best: str | None) -> None:
     """Delete all whole checkpoints but the newest `limit`, by step number; the best one is kept and counted among
     them. Delete torn ones that are older than the newest whole one. All others are left alone: changed ones, and those
-    of an earlier release or another program.
-
-    Args:
-        newest: the step that was saved last. Later ones, of a branch that was abandoned, are left alone.
-    """
-    here = [path for path in checkpoints_in(output) if newest is None or step_of(path) <= newest]
+    of an earlier release or another program."""
+    here = checkpoints_in(output)
     whole = [path for path in here if is_whole(path)]
     if not whole:
         return

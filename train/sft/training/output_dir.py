@@ -4,7 +4,6 @@ Refused (exit code 2): what is not; also one that is, or would be moved with, th
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import sys
@@ -54,30 +53,29 @@ def check_output_dir(args: TrainingArguments, model_path: str | None, tokenizer_
     finished run stays as it is: ends the process. All ranks must call.
     """
     lock_output_dir(args)
-    with refusing_together():
-        finished = args.auto_resume and is_finished(args)
-    if from_all_ranks(finished)[0]:
+    if from_all_ranks(args.auto_resume and is_finished(args))[0]:
         note(f"{args.output_dir}: the run is finished, it stays as it is")
         sys.exit(0)
-    with refusing_together():
-        return holds_earlier_run(args, model_path, tokenizer_path)
+    return holds_earlier_run(args, model_path, tokenizer_path)
 
 
+@refusing_together()
 def holds_earlier_run(args: TrainingArguments, model_path: str | None, tokenizer_path: str | None) -> bool:
     """What check_output_dir refuses and returns, on this rank."""
     output, resumed = Path(args.output_dir), step_begun(args) > 0
     place = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise Refused(f"--output_dir {output}: {place} is not a directory that can be written")
-    for flag, path in (("model", model_path), ("tokenizer", tokenizer_path)):
-        if path is None or resumed or not Path(path).exists():
-            continue
-        if Path(path).resolve().is_relative_to(output.resolve()) and args.overwrite_output_dir:
-            raise Refused(f"--{flag}_name_or_path {path}: lies in --output_dir: --overwrite_output_dir would move it")
-        if Path(path).resolve() == output.resolve():
-            raise Refused(f"--output_dir {output}: is the {flag}'s own directory, its files would be overwritten")
     if resumed:
         return False
+    for flag, path in (("model", model_path), ("tokenizer", tokenizer_path)):
+        own = path and Path(path).resolve()
+        if not own or not own.exists():
+            continue
+        if args.overwrite_output_dir and own.is_relative_to(output.resolve()):
+            raise Refused(f"--{flag}_name_or_path {path}: lies in --output_dir: --overwrite_output_dir would move it")
+        if own == output.resolve():
+            raise Refused(f"--output_dir {output}: is the {flag}'s own directory, its files would be overwritten")
     held = sorted(file.name for mark in MODEL_MARKS for file in output.glob(mark))
     done = (output / "train_results.json").exists()
     runs = done or any(output.glob("checkpoint-*"))
@@ -145,15 +143,6 @@ def lock_output_dir(args: TrainingArguments, begin: bool = False) -> None:
         note(f"{path.parent}: is not locked, its file system has no locks ({error.strerror})")
 
 
-def check_still_ours(output: Path) -> None:
-    """Raise FileNotFoundError where the directory was deleted that this process holds; another job may have made one
-    in its place."""
-    if held := locks.get(output / LOCK):
-        mine, now = os.fstat(held.fileno()), os.stat(output / LOCK)
-        if not os.path.samestat(mine, now):
-            raise FileNotFoundError(errno.ENOENT, "the directory was replaced", str(output))
-
-
 @refusing_together()
 def begin_output_dir(args: TrainingArguments, earlier_run: bool) -> None:
     """Keep other jobs out, and set an earlier run aside: this one begins. Where it goes on, checkpoints that are newer
@@ -175,11 +164,11 @@ def make_way(args: TrainingArguments, earlier_run: bool) -> None:
         place = set_aside(output, files_of_a_run(output))
         return note(f"--overwrite_output_dir: the earlier run in {output} was moved to {place}")
     begun, moved = step_begun(args), [output / name for name in FINAL_FILES if (output / name).exists()]
-    for checkpoint in checkpoints_in(output):
-        if step_of(checkpoint) > begun and is_torn(checkpoint):
+    for checkpoint in [path for path in checkpoints_in(output) if step_of(path) > begun]:
+        if is_torn(checkpoint):
             remove(checkpoint)
             note(f"{checkpoint.name}: was not whole, removed")
-        elif step_of(checkpoint) > begun:
+        else:
             moved.append(checkpoint)
     if moved:
         names, place = ", ".join(path.name for path in moved), set_aside(output, moved)
@@ -187,13 +176,9 @@ def make_way(args: TrainingArguments, earlier_run: bool) -> None:
 
 
 def step_begun(args: TrainingArguments) -> int:
-    """The step of the checkpoint in output_dir that the run goes on from, which may be a symlink; 0 where there is
-    none."""
-    checkpoint, output = Path(args.resume_from_checkpoint or ""), Path(args.output_dir).resolve()
-    for path in (checkpoint.absolute(), checkpoint.resolve()):
-        if args.resume_from_checkpoint and path.parent.resolve() == output and path in checkpoints_in(path.parent):
-            return step_of(path)
-    return 0
+    """The step of the checkpoint in output_dir that the run goes on from, 0 where there is none."""
+    here = checkpoints_in(Path(args.output_dir)) if args.resume_from_checkpoint else []
+    return next((step_of(path) for path in here if path.samefile(args.resume_from_checkpoint)), 0)
 
 
 def keep_step(args: TrainingArguments, step: int) -> None:

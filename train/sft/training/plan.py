@@ -3,10 +3,8 @@
 Refused (exit code 2), where a run goes on: flags that make it another run.
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from sft.training.rates import set_lowest_rate
 from sft.training.record import new_record, read_record
 from sft.training.reshard import steps_for_ranks
 from sft.training.resume import read_trainer_state
-from sft.training.try_out import try_out
+from sft.training.try_out import refusing, try_out
 
 # What checkpoints of earlier releases, and of other programs, do not say.
 MUST_BE_KNOWN = ("max_seq_length", "packing", "train_on", "overlong")
@@ -82,17 +80,6 @@ def export_keys(config: dict[str, Any]) -> None:
             os.environ[f"{name.upper()}_API_KEY"] = str(section.pop("api_key"))
 
 
-@contextlib.contextmanager
-def refusing() -> Iterator[None]:
-    """What Hugging Face's and DeepSpeed's arguments raise becomes Refused, in one line."""
-    try:
-        yield
-    except Refused:
-        raise
-    except Exception as error:
-        raise Refused(f"{' '.join(str(error).split())} ({type(error).__name__})") from error
-
-
 # ------------------------------------------------------------------------------------------------ the same run
 
 
@@ -140,8 +127,7 @@ def go_on_with(earlier: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
 def refuse_another_run(checkpoint: Path, plan: dict[str, Any], given: dict[str, Any]) -> None:
     """Refuse flags that differ from the earlier run's and decide what is computed."""
     known = dict(plan)
-    own = {*fields.MAY_CHANGE, *fields.NO_EFFECT_ON_RUN, *fields.BY_CONTENT}
-    asked = {name: value for name, value in given.items() if name not in own}
+    asked = {name: given[name] for name in given if name in fields.DECIDES and name not in fields.BY_CONTENT}
     fixed = set(fields.FIXED)
     if "deepspeed" in asked:
         now, then = zero_of(asked.pop("deepspeed"), plan), zero_of(known.get("deepspeed"), plan)

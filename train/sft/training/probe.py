@@ -21,7 +21,7 @@ class Probe(TrainerCallback):
     Refused: a file that is empty or holds anything else.
     """
 
-    def __init__(self, file: str, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 128):
+    def __init__(self, file: str, tokenizer: PreTrainedTokenizerBase):
         try:
             lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line]
             rows = [json.loads(line)["messages"] for line in lines]
@@ -34,7 +34,6 @@ class Probe(TrainerCallback):
         if not rows:
             raise Refused(f"--probe_file {file}: is empty")
         self.tokenizer = tokenizer
-        self.max_new_tokens = max_new_tokens
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         width = max(map(len, prompts))  # padded on the left, as generate wants it
         self.prompts = torch.tensor([[self.pad] * (width - len(p)) + p for p in prompts])
@@ -50,7 +49,7 @@ class Probe(TrainerCallback):
         replies = model.generate(
             input_ids=self.prompts.to(device),
             attention_mask=self.mask.to(device),
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=128,
             do_sample=False,
             use_cache=is_transformers_own(without_adapter(model)),  # else the cache is of a class that is gone
             eos_token_id=self.tokenizer.eos_token_id,
@@ -67,21 +66,14 @@ class Probe(TrainerCallback):
 
     def results(self) -> dict[str, int]:
         """The figures for train_results.json: the number of prompts, and of right answers before and after."""
+        answers = {"before": self.before, "after": self.after}
+        right = {when: sum(map(str.__eq__, texts, self.expected)) for when, texts in answers.items()}
+        return {"example_prompts": len(self.expected)} | {f"example_correct_{when}": n for when, n in right.items()}
 
-        def correct(answers: list[str]) -> int:
-            return sum(a == e for a, e in zip(answers, self.expected))
-
-        return {
-            "example_prompts": len(self.expected),
-            "example_correct_before": correct(self.before),
-            "example_correct_after": correct(self.after),
-        }
-
-    def print_some(self, number: int = 4) -> None:
-        """Show a few prompts with the answers before and after, and the score."""
-        score = self.results()
-        step = max(1, len(self.expected) // number)
-        for i in range(0, len(self.expected), step)[:number]:
+    def print_some(self) -> None:
+        """Show four prompts with the answers before and after, and the score."""
+        score, step = self.results(), max(1, len(self.expected) // 4)
+        for i in range(0, len(self.expected), step)[:4]:
             print(f"  {self.questions[i]}")
             for when, answers in (("before:", self.before), ("after: ", self.after)):
                 start = " ".join(answers[i].split())[:30]

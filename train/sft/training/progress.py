@@ -1,4 +1,4 @@
-"""Progress and throughput: the line of each logging step, the count of tokens and seconds."""
+"""Progress and throughput: the line of each logging step, the count of tokens, FLOPs and seconds."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import resource
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,20 @@ from transformers.trainer_callback import ProgressCallback
 from sft.data.examples import IGNORE_INDEX
 from sft.messages import in_units, note, on_terminal
 from sft.model.files import write_json
-from sft.model.moe import first_of
+from sft.training.flops import flops_of_step
 from sft.training.probe import Probe
 
-# dense bf16 FLOP/s of one device, by a part of its name (the makers' data sheets)
+# Dense bf16 FLOP/s of one device, by its name without NO_MATTER. From NVIDIA's data sheets and white papers, / 2 where
+# they print it with sparsity alone. H20 and L20 have none: the figure is that of their sellers. A800 and H800 multiply
+# like A100 and H100.
 PEAK_FLOPS = {
-    "H20": 148e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-}
+    "A100": 312e12, "A100 PCIE": 312e12, "A800": 312e12, "A800 PCIE": 312e12,
+    "H100": 1979e12 / 2, "H100 PCIE": 1513e12 / 2, "H100 NVL": 1671e12 / 2,
+    "H800": 1979e12 / 2, "H800 PCIE": 1513e12 / 2, "H200": 1979e12 / 2, "H200 NVL": 1671e12 / 2,
+    "H20": 148e12, "H20 3E": 148e12, "L20": 119.5e12, "L40S": 362.05e12, "B200": 4500e12 / 2,
+    "RTX 4090": 165.2e12, "RTX 5090": 209.5e12,
+}  # fmt: skip
+NO_MATTER = r"NVIDIA|GEFORCE|SXM\d?|\d+GB|HBM3E?"
 
 
 class ProgressLine(ProgressCallback):
@@ -82,36 +84,51 @@ class Meter(TrainerCallback):
     """Counts the tokens of the steps, and their seconds without evaluation and saving."""
 
     FIGURES = (
-        "tokens", "supervised_tokens", "padding_share", "tokens_per_second", "mfu", "seconds_to_first_step",
-        "peak_memory_bytes", "world_size", "global_batch_size", "trainable_params", "total_params",
+        "tokens", "supervised_tokens", "padding_share", "tokens_per_second", "flops", "mfu", "hfu", "data_wait_share",
+        "seconds_to_first_step", "peak_memory_bytes", "world_size", "global_batch_size", "trainable_params",
+        "total_params",
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(3, dtype=torch.int64)  # real tokens, supervised tokens, positions
-        self.first_step_tokens: torch.Tensor | None = None
+        self.counts = torch.zeros(4, dtype=torch.int64)  # real tokens, pairs of them, supervised tokens, positions
+        self.first_step: torch.Tensor | None = None  # its counts
         self.seconds = 0.0  # of all steps but the first
+        self.waited = 0.0  # of these, for batches
         self.seconds_to_first_step: float | None = None
 
-    def count(self, batches: list[dict[str, torch.Tensor]], filling: int = 0) -> None:
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, while the seconds until each is there are added up, its copy to the device included."""
+        began = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
+
+    def count(self, batches: list[dict[str, Any]], filling: int = 0) -> None:
         """Add one optimizer step's batches, of whose tokens `filling` are no row's. `attention_mask` is absent where
-        there is no padding."""
-        self.counts[0] -= filling
+        there is no padding. Does not wait for the device."""
         for batch in batches:
             ids, mask = batch["input_ids"], batch.get("attention_mask")
-            positions = ids.new_tensor(ids.numel())
-            real = positions if mask is None else mask.sum()
-            supervised = batch["labels"].ne(IGNORE_INDEX).sum()
-            self.counts = self.counts.to(ids.device) + torch.stack([real, supervised, positions])
+            self.counts = self.counts.to(ids.device)
+            if mask is None:
+                lengths = torch.tensor(batch.get("row_lengths") or [ids.shape[1]] * len(ids))
+            else:
+                lengths = mask.sum(1)
+            pairs = (lengths * (lengths + 1) // 2).sum()
+            found = (lengths.sum(), pairs, batch["labels"].ne(IGNORE_INDEX).sum(), ids.numel())
+            for i, number in enumerate(found):
+                self.counts[i] += number
+        self.counts[0] -= filling
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.mark = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Add the seconds since the mark. The first step warms up: only the time until its end is kept."""
-        if self.first_step_tokens is None:
+        if self.first_step is None:
             if args.device.type == "cuda":
                 torch.cuda.synchronize()
-            self.first_step_tokens = self.counts[0].clone()
+            self.first_step, self.waited = self.counts.clone(), 0.0
             self.seconds_to_first_step = time.time() - psutil.Process().create_time()
         else:
             self.seconds += time.perf_counter() - self.mark
@@ -124,21 +141,24 @@ class Meter(TrainerCallback):
     on_save = on_evaluate = skip
 
     def results(self, trainer) -> dict[str, int | float | None]:
-        """The figures for train_results.json, all ranks together. All ranks must call."""
-        device = trainer.args.device
-        first_step_tokens = 0 if self.first_step_tokens is None else self.first_step_tokens.item()
-        this_rank = [*self.counts.tolist(), first_step_tokens, peak_memory_bytes(device)]
-        ranks = trainer.accelerator.gather(torch.tensor([this_rank], device=device)).cpu()
-        tokens, supervised, positions, first_step_tokens = ranks[:, :4].sum(0).tolist()
-        rate = (tokens - first_step_tokens) / self.seconds if self.seconds else None
+        """The figures for train_results.json, all ranks together; of the waiting and of the memory the worst rank's.
+        All ranks must call."""
+        args = trainer.args
+        at_first = [0] * 4 if self.first_step is None else self.first_step.tolist()
+        others = round(1e6 * self.waited), peak_memory_bytes(args.device)
+        this_rank = [*self.counts.tolist(), *at_first, *others]
+        ranks = trainer.accelerator.gather(torch.tensor([this_rank], device=args.device)).cpu()
+        counts, timed = ranks[:, :4].sum(0), (ranks[:, :4] - ranks[:, 4:8]).sum(0)
+        tokens, _, supervised, positions = counts.tolist()
         return {
             "tokens": tokens,
             "supervised_tokens": supervised,
             "padding_share": 1 - tokens / positions if positions else 0.0,
-            "tokens_per_second": rate,
-            "mfu": rate and model_flops_utilization(trainer.model, rate, trainer.args, len(ranks)),
+            "tokens_per_second": timed[0].item() / self.seconds if self.seconds else None,
+            **utilization(trainer, counts, timed, len(ranks) * self.seconds),
+            "data_wait_share": ranks[:, 8].max().item() / 1e6 / self.seconds if self.seconds else None,
             "seconds_to_first_step": self.seconds_to_first_step,
-            "peak_memory_bytes": ranks[:, 4].max().item(),
+            "peak_memory_bytes": ranks[:, 9].max().item(),
             "world_size": len(ranks),
         }
 
@@ -150,31 +170,33 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB; psutil has no peak
 
 
-def model_flops_utilization(model: torch.nn.Module, tokens_per_second: float, args, devices: int) -> float | None:
-    """The share of the devices' peak FLOP/s that the model's own arithmetic uses; None where the peak is not known.
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 FLOP/s of the device that torch gives this name; None where it is not known, as for a MIG slice."""
+    words = re.split("[ -]", name.upper())
+    return PEAK_FLOPS.get(" ".join(word for word in words if not re.fullmatch(NO_MATTER, word)))
 
-    Per token each weight costs 2 FLOPs in the forward pass, 2 for the gradients of activations, and 2 more if it is
-    trained (Kaplan et al. 2020, section 2.1). Of the routed experts' weights top_k / num_experts count. Attention
-    scores and recomputation are left out.
+
+def utilization(trainer: Any, counts: torch.Tensor, timed: torch.Tensor, seconds: float) -> dict[str, float | None]:
+    """`flops`: what the model needs for all steps. `mfu`, `hfu`: the share of the devices' peak FLOP/s that goes into
+    what it needs, and into that and recomputation. None where the model or the peak is not known.
+
+    Args:
+        counts: as Meter.counts, of all steps; `timed` without the first one.
+        seconds: of the timed steps, all devices' together.
     """
-    if args.device.type != "cuda" or not (args.bf16 or args.fp16):
-        return None
-    name = torch.cuda.get_device_name(args.device)
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
-    if peak is None:
-        return None
-    config = model.config
-    chosen = getattr(config, "moe_topk", 0) or getattr(config, "num_experts_per_tok", 1)
-    experts = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 1)
-    share_of_experts = first_of(chosen) / first_of(experts)
-    flops = 0.0
-    for path, weight in model.named_parameters():
-        if "embed_tokens" in path and not getattr(config, "tie_word_embeddings", False):
-            continue  # looked up, not multiplied
-        size = number_of_values(weight)
-        used = size * share_of_experts if ".experts." in path else size
-        flops += used * (6 if weight.requires_grad else 4)
-    return flops * tokens_per_second / (peak * devices)
+    args, peak = trainer.args, None
+    if args.device.type == "cuda" and (args.bf16 or args.fp16):
+        peak = peak_flops(torch.cuda.get_device_name(args.device))
+    recomputes = getattr(args, "activation_checkpointing", args.gradient_checkpointing)  # 5.17: the old names
+    kwargs = getattr(args, "activation_checkpointing_kwargs", args.gradient_checkpointing_kwargs) or {}
+    needed = flops_of_step(trainer.model)
+    computed = flops_of_step(trainer.model, kwargs.get("every_n_layers", 1) if recomputes else 0)
+    units = [0, 1, 2 if trainer.data_collator.supervised_head else 0]  # without it the head runs at every token
+    if needed is None or computed is None:
+        return dict.fromkeys(("flops", "mfu", "hfu"))
+    possible = (peak or 0.0) * seconds
+    mfu, hfu = (float(each @ timed[units].numpy()) / possible if possible else None for each in (needed, computed))
+    return {"flops": float(needed @ counts[units].numpy()), "mfu": mfu, "hfu": hfu}
 
 
 def number_of_parameters(model: PreTrainedModel, trained: bool = False) -> int:

@@ -19,6 +19,7 @@ from sft.messages import Refused, masked, note, read_json
 from sft.model.directory import ModelDirectory
 from sft.training.deepspeed_file import read_deepspeed_file
 from sft.training.fields import BY_CONTENT, NO_EFFECT_ON_RUN
+from sft.training.from_adapter import SETTINGS, targets
 from sft.training.manifest import RUN
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers", "jinja2")
@@ -113,6 +114,5 @@ def guessed_plan(stored: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     plan["use_lora"] = (checkpoint / "adapter_config.json").is_file()
     if plan["use_lora"]:
         adapter = read_json(checkpoint / "adapter_config.json")
-        plan |= {"lora_rank": adapter.get("r"), "lora_target_modules": adapter.get("target_modules")}
-        plan |= {key: adapter.get(key) for key in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+        plan |= {flag: adapter.get(key) for flag, key in SETTINGS.items()} | {"lora_target_modules": targets(adapter)}
     return plan

@@ -58,8 +58,8 @@ def steps_for_ranks(record: dict[str, Any], values: dict[str, Any], world_size: 
         why = "--group_by_length orders the rows by what one process takes in a step"
     elif values["average_tokens_across_devices"] is False:
         why = "with --average_tokens_across_devices false each process weighs its own tokens"
-    elif values["dataloader_drop_last"]:
-        why = "with --dataloader_drop_last an epoch would have other rows"
+    elif flag := next((n for n in ("dataloader_drop_last", "label_smoothing_factor") if values[n]), None):
+        why = f"with --{flag} an epoch's last step would have other rows"
     if not why:
         choice("gradient_accumulation_steps", steps, f"processes {world_size}, the run {before}: the same rows a step")
         return steps
@@ -69,16 +69,6 @@ def steps_for_ranks(record: dict[str, Any], values: dict[str, Any], world_size: 
         raise Refused(f"--resume_from_checkpoint: {text}. {advice}")
     note(f"--resume_anyway: not exact: {text}")
     return None
-
-
-def report_epoch_end(before: int, args: transformers.TrainingArguments, num_examples: int) -> None:
-    """Say where an epoch's last step has other rows than with `before` processes: with label smoothing, whose mean a
-    batch without a supervised token has not (Trainer.get_train_dataloader)."""
-    batch, numbers = args.per_device_train_batch_size, (args.world_size, before)
-    now, then = (math.ceil(num_examples / batch / n) * batch * n if n > 1 else num_examples for n in numbers)
-    if now != then and args.label_smoothing_factor:
-        why = "several processes fill their last batches up with the first rows"
-        note(f"not exact: of {num_examples} rows an epoch takes {now} (the run: {then}): {why}")
 
 
 def seed_ranks(args: transformers.TrainingArguments, model: transformers.PreTrainedModel, step: int) -> None:

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from sft.arguments import DataArguments, ModelArguments
 from sft.data.tokenized import tokenizer_digest
 from sft.messages import Refused, choice, note, read_json
-from sft.model.adapter_base import base_digest, check_base, use_code
+from sft.model.adapter_base import base_digest, check_base
 from sft.model.directory import ModelDirectory
 from sft.model.files import ADAPTER_FILE, write_json
 from sft.model.generations import report_code
-from sft.model.load import fetch, open_directory
+from sft.model.hub import fetch
+from sft.model.load import check_flash_attention, check_own_code, open_directory
 from sft.model.pretrained import load_tokenizer
 from sft.model.weight_files import INDEX, open_tensors
 from sft.training.choose import fault_on_any_rank, kind_of
@@ -32,7 +33,7 @@ from sft.training.go_on import losses_so_far
 from sft.training.output_dir import has_stopped_early, read_if_whole
 from sft.training.progress import Meter
 from sft.training.record import compare, record_start
-from sft.training.reshard import check_shards, report_epoch_end, saved_by
+from sft.training.reshard import check_shards, saved_by, shards_in
 from sft.training.save import save_dtype
 
 
@@ -52,16 +53,19 @@ def find_start(args: ModelArguments, data: DataArguments, training: TrainingArgu
     named = args.model_name_or_path
     checkpoint = find_checkpoint(args, training)
     fetch(args)  # the base that a resumed adapter names
-    directory = open_directory(args, data.packing)
+    directory = open_directory(args)
     if training.use_liger_kernel:
         check_liger(directory)
+    if args.use_flash_attn:
+        check_flash_attention(training, data.packing)
     if args.adapter:
         choice("adapter", args.adapter, f"of the base {named}; the training begins at step 0 from it")
     adapter = checkpoint if args.use_lora and checkpoint else args.adapter
     if adapter:
-        use_code(directory, check_base(adapter, directory, args.any_base))
+        check_base(adapter, directory, args.any_base)
     elif args.any_base:
         note("--any_base has no effect: no adapter is loaded")
+    check_own_code(directory, data.packing, training.label_smoothing_factor)
     report_code(directory)
     tokenizer = load_tokenizer(directory.tokenizer_path, directory.tokenizer_trusted)
     rows = directory.config.get("vocab_size", len(tokenizer))
@@ -90,11 +94,10 @@ def check_liger(directory: ModelDirectory) -> None:
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's trainer_state.json; refuses a directory that has none."""
-    file = checkpoint / "trainer_state.json"
-    state = read_json(file) if file.is_file() else {}
-    if not {"global_step", "log_history"} <= set(state) or (checkpoint / "train_results.json").exists():
+    state, is_run = read_if_whole(checkpoint / "trainer_state.json"), (checkpoint / "train_results.json").exists()
+    if is_run or not {"global_step", "log_history"} <= state.keys():
         why = "it has no whole trainer_state.json" if checkpoint.is_dir() else "no such directory"
-        why = "it is a run's directory without checkpoints" if (checkpoint / "train_results.json").exists() else why
+        why = "it is a run's directory without checkpoints" if is_run else why
         raise Refused(f"--resume_from_checkpoint {checkpoint}: is not a checkpoint ({why})")
     return state
 
@@ -111,10 +114,6 @@ def find_checkpoint(args: ModelArguments, training: TrainingArguments) -> Path |
         return None
     directory = Path(training.resume_from_checkpoint)
     if not args.use_lora:
-        given = Path(args.model_name_or_path or directory, "config.json")
-        kinds = [read_json(file).get("model_type") for file in (given, directory / "config.json") if file.is_file()]
-        if len(set(kinds)) > 1:
-            raise Refused(f"--model_name_or_path {given.parent}: is a {kinds[0]}, the checkpoint is a {kinds[1]}")
         args.model_name_or_path = str(directory)
     else:
         open_tensors(directory / ADAPTER_FILE)
@@ -158,33 +157,25 @@ def check_training_state(checkpoint: Path, args: TrainingArguments) -> None:
     table: one that is cut has none.
     """
     advice = "To begin anew from its weights, give it as --model_name_or_path"
-    deepspeed, world_size = bool(args.deepspeed), saved_by(checkpoint, args.world_size)
-    others = world_size != args.world_size
-    if deepspeed and others:
+    engine = args.hf_deepspeed_config.config if args.deepspeed else {}
+    before, here = saved_by(checkpoint, args.world_size), ranks_of_this_disk(args)
+    needed = [checkpoint / ("latest" if engine else "optimizer.pt")]
+    if not (engine.get("scheduler") or engine.get("optimizer")):  # else it is in the engine's states
+        needed.append(checkpoint / "scheduler.pt")
+    if before == args.world_size:
+        needed += [checkpoint / ("rng_state.pth" if before == 1 else f"rng_state_{rank}.pth") for rank in here]
+    elif engine:
         check_shards(checkpoint, args)
-    engine = args.hf_deepspeed_config.config if deepspeed else {}
-    here = range(world_size) if others else ranks_of_this_disk(args)
-    ranks = [""] if world_size == 1 else [f"_{rank}" for rank in here]
-    own_scheduler = engine.get("scheduler") or engine.get("optimizer")  # then it is in the engine's states
-    needed = [] if own_scheduler else [checkpoint / "scheduler.pt"]
-    needed += [] if others else [*(checkpoint / f"rng_state{rank}.pth" for rank in ranks)]
-    if not deepspeed:
-        needed.insert(0, checkpoint / "optimizer.pt")
-    elif (checkpoint / "latest").is_file():
-        states = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    if engine and needed[0].is_file():
+        states = checkpoint / needed.pop(0).read_text(encoding="utf-8").strip()
         needed += [states, *states.glob("*.pt")]
-        number = len(list(states.glob("*optim_states.pt")))
-        fits = number == world_size or args.save_on_each_node and number == len(here)
-        if states.is_dir() and not fits and engine.get("zero_optimization", {}).get("stage", 0) > 0:
-            raise Refused(
-                f"--resume_from_checkpoint {checkpoint}: holds the optimizer states of {number} of {len(here)} ranks. "
-                + advice
-            )
-    else:
-        needed.insert(0, checkpoint / "latest")
+        number, stage = len(shards_in(checkpoint)), engine.get("zero_optimization", {}).get("stage", 0)
+        if states.is_dir() and stage > 0 and number not in (before, len(here)):
+            what = f"holds the optimizer states of {number} of {len(here)} ranks"
+            raise Refused(f"--resume_from_checkpoint {checkpoint}: {what}. {advice}")
     for file in needed:
         why = "missing" if not file.exists() else "not whole"
-        if why == "missing" and args.resume_anyway and not deepspeed:
+        if why == "missing" and args.resume_anyway and not engine:
             note(f"--resume_anyway: not exact: {file.name} is missing: begun afresh")
         elif why == "missing" or not (file.is_dir() or zipfile.is_zipfile(file)):
             raise Refused(f"--resume_from_checkpoint {checkpoint}: {file.name} is {why}. {advice}")
@@ -206,7 +197,6 @@ def steps_left(checkpoint: Path, args: TrainingArguments, num_examples: int, giv
         return 0
     if end > state["global_step"]:
         check_training_state(checkpoint, args)
-        report_epoch_end(args.record.get("processes", args.world_size), args, num_examples)
     return max(0, end - state["global_step"])
 
 

@@ -16,27 +16,19 @@ from sft.data.examples import IGNORE_INDEX
 from sft.messages import Refused, choice
 from sft.model.directory import ModelDirectory
 from sft.model.files import write_json
+from sft.model.head import Head
 from sft.model.load import without_adapter
 from sft.model.moe import Routers, moe_layers
 from sft.model.pretrained import load_pretrained
 from sft.model.weight_files import is_transformers_own, names_in_model
+from sft.training import save
 from sft.training.disk import Reporter, checkpoint_bytes, why_not_saved
 from sft.training.environment import failing_together
 from sft.training.finite import FiniteWatch
-from sft.training.loss import Head
 from sft.training.manifest import RUN, RestOfSave, remove
-from sft.training.output_dir import check_still_ours
 from sft.training.progress import Meter
 from sft.training.rates import keep_above_lowest, report_warmup
 from sft.training.reshard import OtherRanks
-from sft.training.save import (
-    gathered_state,
-    master_values,
-    save_dtype,
-    with_base_names,
-    write_deepspeed_latest,
-    write_on_this_rank,
-)
 
 
 class Trainer(OtherRanks):
@@ -93,7 +85,7 @@ class Trainer(OtherRanks):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one step, whose tokens are counted."""
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, num_items_in_batch = super().get_batch_samples(self.meter.timed(epoch_iterator), num_batches, device)
         numbers = [batch.pop("numbers") for batch in batches]
         self.finite.begin_step([[number for number in part if number != NO_ROW] for part in numbers])
         self.meter.count(batches, filling=FILLING * sum(part.count(NO_ROW) for part in numbers))
@@ -195,18 +187,16 @@ class Trainer(OtherRanks):
         """Save a checkpoint and begin to make it whole; where it cannot be written, all ranks end with exit code 1."""
         self.finish_save()
         self.gather_unlogged()
-        args, output = self.args, Path(self.args.output_dir)
-        checkpoint = output / f"checkpoint-{self.state.global_step}"
+        args, checkpoint = self.args, Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         with failing_together(partial(why_not_saved, checkpoint, checkpoint_bytes(self.model, args))):
             if args.should_save:
-                check_still_ours(output)
                 remove(checkpoint)  # a torn one, or of a branch that was abandoned
                 checkpoint.mkdir()
                 write_json(checkpoint / RUN, args.record)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             if args.save_on_each_node and args.should_save and self.is_deepspeed_enabled:
-                write_deepspeed_latest(checkpoint)
+                save.write_deepspeed_latest(checkpoint)
             self.rest_of_save.begin(checkpoint, args, self.save_total_limit, self.state.best_model_checkpoint)
         if self.control.should_training_stop or self.finite.stops:
             self.finish_save()
@@ -251,7 +241,7 @@ class Trainer(OtherRanks):
         self.masters = self.masters_to_save()  # collective: before rank 0 goes on alone
         try:
             if self.args.save_on_each_node and is_deepspeed_zero3_enabled():
-                state = {} if self.is_adapter else gathered_state(self.model, self.args.should_save)
+                state = {} if self.is_adapter else save.gathered_state(self.model, self.args.should_save)
                 self._save(output_dir, state_dict=state)
             else:
                 super().save_model(output_dir, _internal_call)
@@ -266,9 +256,9 @@ class Trainer(OtherRanks):
         keep = self.args.should_save
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         if self.is_adapter:
-            return master_values(self.model, trained, keep)
+            return save.master_values(self.model, trained, keep)
         fp32 = {name for name, stored in self.stored.items() if stored in self.companions.fp32_names}
-        masters = master_values(self.model, fp32 & trained, keep)
+        masters = save.master_values(self.model, fp32 & trained, keep)
         values = {self.stored[name]: value for name, value in masters.items()}
         if keep:  # frozen tensors have no masters
             values |= self.companions.values({self.stored[name] for name in fp32 - trained})
@@ -281,25 +271,22 @@ class Trainer(OtherRanks):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
-        if self.is_adapter:
-            adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-            state_dict = {name: self.masters.get(name, p.detach()).float() for name, p in adapter.items()}
-            super()._save(output_dir, state_dict=state_dict)
-            return self.companions.write(Path(output_dir or self.args.output_dir), None)
         directory = Path(output_dir or self.args.output_dir)
-        dtype = save_dtype(self.args)
-        saves_masters = not self.is_deepspeed_enabled and not self.is_final_save
-        if saves_masters:
-            dtype = torch.float32  # resuming is exact
+        if self.is_adapter:
+            adapter = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+            super()._save(output_dir, {name: self.masters.get(name, p).float() for name, p in adapter.items()})
+            return self.companions.write(directory, None)
+        saves_masters = not self.is_deepspeed_enabled and not self.is_final_save  # resuming is exact
+        dtype = torch.float32 if saves_masters else save.save_dtype(self.args)
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         for tied in getattr(self.model, "all_tied_weights_keys", {}):
             state_dict.pop(tied, None)  # ZeRO-2 hands out both names of a tied tensor
-        saved = self.companions.cast(with_base_names(self.model, state_dict, self.stored) | self.masters, dtype)
+        saved = self.companions.cast(save.with_base_names(self.model, state_dict, self.stored) | self.masters, dtype)
         saved |= self.companions.values(self.companions.unused)
         state_dict.clear()  # the caller holds it too: now each tensor is freed once its part is written
         directory.mkdir(parents=True, exist_ok=True)
         if self.args.save_on_each_node:
-            write_on_this_rank(self.model)
+            save.write_on_this_rank(self.model)
         self.model.save_pretrained(directory, state_dict=saved, save_original_format=False)
         torch.save(self.args, directory / "training_args.bin")
         self.companions.write(directory, dtype, saves_masters)

@@ -26,18 +26,23 @@ from sft.training.rates import keep_above_lowest
 
 SET_BY_OTHER_FLAGS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 STEPS = 1000  # of a run whose length is not known yet
+NEEDED = {
+    "fsdp_config": "fsdp",
+    "liger_kernel_config": "use_liger_kernel",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
+}
 
 
 @contextlib.contextmanager
-def refusing(flags: str, advice: str = "") -> Iterator[None]:
-    """What a library raises becomes Refused, with the flags in front."""
+def refusing(flags: str = "", advice: str = "") -> Iterator[None]:
+    """What a library raises becomes Refused, in one line, with the flags in front."""
     try:
         yield
     except Refused:
         raise
     except Exception as error:  # libraries raise anything
-        why = re.sub(r"^[\w.<>]+\(\) ", "", " ".join(str(error).split())).rstrip(".")
-        raise Refused(f"{flags}: {why or type(error).__name__}" + (f". {advice}" if advice else "")) from error
+        why = re.sub(r"^[\w.<>]+\(\) ", "", " ".join(str(error).split())).rstrip(".") or type(error).__name__
+        raise Refused(f"{flags}: " * bool(flags) + why + f". {advice}" * bool(advice)) from error
 
 
 def try_out(args: TrainingArguments) -> None:
@@ -45,69 +50,60 @@ def try_out(args: TrainingArguments) -> None:
     DeepSpeed off without a word. All ranks must call."""
     try_devices(args)
     try_scheduler(args, try_optimizer(args))
-    loader = {
-        "num_workers": args.dataloader_num_workers,
-        "prefetch_factor": args.dataloader_prefetch_factor,
-        "persistent_workers": args.dataloader_persistent_workers,
-        "multiprocessing_context": args.dataloader_multiprocessing_context,
-    }
+    options = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
+    loader = {name: getattr(args, f"dataloader_{name}") for name in options}
     given = " ".join(f"--dataloader_{name} {value}" for name, value in loader.items() if value)
     with refusing(given, "Give --dataloader_num_workers above 0, or leave the others out"):
         torch.utils.data.DataLoader([0], **loader)
     again = getattr(args, "activation_checkpointing_kwargs", args.gradient_checkpointing_kwargs)  # 5.17: the old name
-    if again:
-        with refusing(f"--gradient_checkpointing_kwargs {again}"):
-            checkpoint(lambda x: x, torch.ones(1, requires_grad=True), **({"use_reentrant": False} | again))
+    with refusing(f"--gradient_checkpointing_kwargs {again}"):
+        checkpoint(lambda x: x, torch.ones(1, requires_grad=True), **({"use_reentrant": False} | (again or {})))
     with refusing(f"--report_to {' '.join(args.report_to)}"):
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()
     if args.torch_compile:
-        with refusing(
-            f"--torch_compile_backend {args.torch_compile_backend} --torch_compile_mode {args.torch_compile_mode}"
-        ):
-            torch.compile(lambda x: x, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        raise Refused("--use_liger_kernel: liger-kernel is not installed: pip install liger-kernel")
+        backend, mode = args.torch_compile_backend, args.torch_compile_mode
+        with refusing(f"--torch_compile_backend {backend} --torch_compile_mode {mode}"):
+            torch.compile(lambda x: x, backend=backend, mode=mode)
     if args.push_to_hub:
         refuse_together(why_no_hub(args))
 
 
 def try_devices(args: TrainingArguments) -> None:
-    """Refuse what this device, or one process, cannot do."""
-    if args.fsdp and (args.use_cpu or args.world_size == 1 or args.deepspeed):
-        raise Refused("--fsdp: needs several processes with a GPU each, and no --deepspeed. Leave it out")
-    for on, what, needed in (
-        (args.fsdp, "fsdp_config", "fsdp"),
-        (args.use_liger_kernel, "liger_kernel_config", "use_liger_kernel"),
-        (args.gradient_checkpointing, "gradient_checkpointing_kwargs", "gradient_checkpointing"),
-    ):
-        if getattr(args, what, None) and not on:
-            raise Refused(f"--{what}: has no effect without --{needed}. Give both, or neither")
-    if args.use_liger_kernel and args.use_cpu:
-        raise Refused("--use_liger_kernel: its kernels need a GPU. Leave it out")
-    config = args.accelerator_config
-    if args.world_size > 1 and not config.even_batches:
-        raise Refused("--accelerator_config: with even_batches false ranks wait for ever for one that has no batch")
-    if args.world_size > 1 and (config.split_batches or config.dispatch_batches):
-        raise Refused("--accelerator_config: split_batches and dispatch_batches cannot divide rows of any length")
-    if not args.deepspeed:
-        return
-    from deepspeed.accelerator import get_accelerator
+    """Refuse what this device, or this number of processes, cannot do, and what has no effect."""
+    several, config, liger = args.world_size > 1, args.accelerator_config, args.use_liger_kernel
+    refused = [
+        (args.fsdp and (args.use_cpu or not several or args.deepspeed),
+         "--fsdp: needs several processes with a GPU each, and no --deepspeed. Leave it out"),
+        (liger and args.use_cpu, "--use_liger_kernel: its kernels need a GPU. Leave it out"),
+        (liger and not is_liger_kernel_available(),
+         "--use_liger_kernel: liger-kernel is not installed: pip install liger-kernel"),
+        (several and not config.even_batches,
+         "--accelerator_config: with even_batches false ranks wait for ever for one that has no batch"),
+        (several and (config.split_batches or config.dispatch_batches),
+         "--accelerator_config: split_batches and dispatch_batches cannot divide rows of any length"),
+    ]  # fmt: skip
+    refused += [
+        (getattr(args, what, None) and not getattr(args, needed), f"--{what}: has no effect without --{needed}")
+        for what, needed in NEEDED.items()
+    ]
+    for is_wrong, why in refused:
+        if is_wrong:
+            raise Refused(why)
+    if args.deepspeed and args.fp16:
+        from deepspeed.accelerator import get_accelerator
 
-    if args.fp16 and not get_accelerator().is_fp16_supported():
-        raise Refused("--fp16: DeepSpeed does not support it on this device. Give --bf16, or neither")
+        if not get_accelerator().is_fp16_supported():
+            raise Refused("--fp16: DeepSpeed does not support it on this device. Give --bf16, or neither")
 
 
 def toy_model() -> torch.nn.Module:
     """A model with a linear layer under each name that a layer of these models has."""
     attention = "q_proj k_proj v_proj o_proj q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj"
-    parts = {"self_attn": attention, "mlp": "gate_proj up_proj down_proj"}
-
-    def linear(names: str) -> torch.nn.ModuleDict:
-        return torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in names.split()})
-
-    layer = torch.nn.ModuleDict({part: linear(names) for part, names in parts.items()})
-    return torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})})
+    toy = torch.nn.Module()
+    for part, names in {"self_attn": attention, "mlp": "gate_proj up_proj down_proj"}.items():
+        toy.add_module(part, torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in names.split()}))
+    return torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([toy])})})
 
 
 def try_optimizer(args: TrainingArguments) -> Optimizer:
@@ -123,7 +119,7 @@ def try_optimizer(args: TrainingArguments) -> Optimizer:
     with refusing(flags, "pip install torch_" + name.split("_")[2] if re.search("xla|npu", name) else ""):
         build, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, toy)
         for key in (pair.partition("=")[0].strip() for pair in pairs):
-            if not reads(args, key, kwargs, toy):
+            if not any(key in found for found in (kwargs, *kwargs.get("params", ()))) and not reads(args, key, toy):
                 raise Refused(f"--optim_args {key}: has no effect with --optim {name}")
         groups: Any = [{"params": [*toy.parameters()], "weight_decay": args.weight_decay}]
         for instead in ("params", "model", "optimizer_dict"):
@@ -136,10 +132,8 @@ def try_optimizer(args: TrainingArguments) -> Optimizer:
     return optimizer
 
 
-def reads(args: TrainingArguments, key: str, kwargs: dict[str, Any], toy: torch.nn.Module) -> bool:
-    """Whether the optimiser's arguments have this key of `--optim_args`, or depend on it."""
-    if any(key in found for found in (kwargs, *kwargs.get("params", ()))):
-        return True
+def reads(args: TrainingArguments, key: str, toy: torch.nn.Module) -> bool:
+    """Whether the optimiser's arguments depend on this key of `--optim_args`, which they do not have."""
     found = set()
     for value in "01":
         changed = copy.copy(args)

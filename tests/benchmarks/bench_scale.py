@@ -1,0 +1,112 @@
+"""What a step costs against row length, rows and vocabulary: seconds and memory, with fitted exponents.
+
+    python tests/benchmarks/bench_scale.py [--most 16384] [--repeats 3]
+
+Each point is a process of its own: a small model (hidden 256, 2 layers) is built, and a packed batch goes forward and
+backward, once as the collator, attention and loss of training have it and once the plain way (transformers' mask of
+all tokens, logits at all supervised positions at once). A quarter of the tokens are supervised. Seconds are the median
+of `--repeats` steps after a first one; memory is what the peak resident size grows by from before the first step. An
+exponent is the slope of the logarithms over the largest three points: 1 is a cost in proportion, 2 the square.
+"""
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
+VOCABULARY = 32_768
+PLAIN_POSITIONS = 4096  # the plain way beyond this takes more memory than many machines have
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def step(length: int, rows: int, vocabulary: int, plain: bool, repeats: int) -> dict[str, float]:
+    """Seconds and bytes of one point, in this process."""
+    from types import SimpleNamespace
+
+    import numpy as np
+    import torch
+    from transformers import HunYuanDenseV1Config, HunYuanDenseV1ForCausalLM
+
+    from sft.data.batches import Collator
+    from sft.training.attention import keep_rows_apart
+    from sft.training.loss import compute_in_chunks
+
+    torch.manual_seed(0)
+    config = HunYuanDenseV1Config(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, vocab_size=vocabulary, max_position_embeddings=32_768, tie_word_embeddings=False,
+    )  # fmt: skip
+    model, head = HunYuanDenseV1ForCausalLM(config).train(), None
+    if not plain:
+        keep_rows_apart(model, SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False))
+        head = compute_in_chunks(model, at_supervised=True, fp16=False)
+    ids = np.arange(length) % vocabulary
+    labels = np.where(np.arange(length) % 4 == 0, ids, -100)
+    batch = Collator(0, "batch")([{"input_ids": ids, "labels": labels} for _ in range(rows)])
+    del batch["numbers"]
+    before, seconds = peak(), []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        if head:
+            head.targets = batch["shift_labels"]
+        model(**batch, use_cache=False).loss.backward()
+        seconds.append(time.perf_counter() - start)
+        model.zero_grad()
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"seconds": statistics.median(seconds[1:]), "bytes": max(1, peak() - before - gradients)}
+
+
+def exponent(sizes: list[int], costs: list[float]) -> float:
+    """The least-squares slope of log cost over log size, of the largest three points."""
+    xs, ys = ([math.log(value) for value in values[-3:]] for values in (sizes, costs))
+    middle, level = statistics.mean(xs), statistics.mean(ys)
+    return sum((x - middle) * (y - level) for x, y in zip(xs, ys)) / sum((x - middle) ** 2 for x in xs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--most", type=int, default=16_384, help="tokens of the longest row (default 16384)")
+    parser.add_argument("--repeats", type=int, default=3, help="steps that are timed (default 3)")
+    parser.add_argument("--point", type=json.loads, help="one point alone: [length, rows, vocabulary, plain]")
+    args = parser.parse_args()
+    if args.point:
+        return print(json.dumps(step(*args.point, args.repeats)))
+    doubled = [256 * 2**i for i in range(20) if 256 * 2**i <= args.most]
+    sweeps = {
+        "row length": [(size, (size, 1, VOCABULARY)) for size in doubled],
+        "rows of 256": [(size, (256, size, VOCABULARY)) for size in (4, 8, 16, 32, 64) if 256 * size <= args.most],
+        "vocabulary": [(size, (1024, 4, size)) for size in (16_384, 32_768, 65_536, 131_072)],
+    }
+    print(f"{'of':<12} {'size':>7} {'way':<6} {'seconds':>8} {'MB':>7}")
+    for name, points in sweeps.items():
+        for plain in (False, True):
+            sizes, found = [], []
+            for size, point in points:
+                if plain and point[0] * point[1] > PLAIN_POSITIONS:
+                    continue
+                command = [sys.executable, __file__, "--point", json.dumps([*point, plain])]
+                done = subprocess.run([*command, "--repeats", str(args.repeats)], capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                sizes.append(size)
+                found.append(json.loads(done.stdout.splitlines()[-1]))
+                cost = found[-1]
+                print(f"{name:<12} {size:>7} {'plain' if plain else 'ours':<6} {cost['seconds']:>8.3f} "
+                      f"{cost['bytes'] / 1e6:>7.0f}", flush=True)  # fmt: skip
+            slopes = [exponent(sizes, [cost[kind] for cost in found]) for kind in ("seconds", "bytes")]
+            print(f"{name:<12} {'':>7} {'plain' if plain else 'ours':<6} exponents: seconds {slopes[0]:.2f}, "
+                  f"memory {slopes[1]:.2f}")  # fmt: skip
+    return None
+
+
+if __name__ == "__main__":
+    main()
