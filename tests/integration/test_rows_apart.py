@@ -110,4 +110,4 @@ def test_packing_with_code_of_the_directory_is_refused(
     model = make_model_dir("remote", example_tokenizer_dir, tmp_path / "model")
     args = ["--model_name_or_path", model, "--train_data_file", example_rows, "--output_dir", tmp_path / "out"]
     run = run_here("train.py", [*args, "--model_code", "remote", "--packing", packing])
-    assert run.returncode == 2 and f"--packing {packing}: the model is code that its directory brings" in run.stderr
+    assert run.returncode == 2 and f"--packing {packing}: not with the code that a directory brings" in run.stderr

@@ -69,7 +69,6 @@ def test_a_config_file_reads_like_flags(tmp_path):
         ("report_to: none", []),
         ("include_num_input_tokens_seen: all", "all"),
         ("include_num_input_tokens_seen: true", "all"),
-        ("liger_kernel_config: {rope: true}", {"rope": True}),
         ("lr_scheduler_kwargs: {power: 1e-1}", {"power": 0.1}),
         ("run_name: 007", "007"),
         ("ddp_timeout: 1_000", 1000),

@@ -12,16 +12,9 @@ from transformers.integrations import get_available_reporting_integrations
 from sft.messages import Refused, is_secret, masked
 
 
-def option(default: Any = None, text: str = "", factory: Any = None) -> Any:
+def option(default: Any = MISSING, text: str = "", factory: Any = MISSING) -> Any:
     """A dataclass field with its help text."""
-    if factory is not None:
-        return field(default_factory=factory, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-def curves() -> list[str]:
-    """Where curves go by default."""
-    return ["tensorboard"]
+    return field(default=default, default_factory=factory, metadata={"help": text})
 
 
 def yes_no(text: str, const: Any = True) -> Any:
@@ -122,7 +115,9 @@ class TrainingArguments(transformers.TrainingArguments):
         None, "Stop after so many evaluations without a better metric_for_best_model."
     )
     probe_file: str | None = option(None, "jsonl of conversations; asked before and after training, and scored.")
-    report_to: list[str] = option(text="Where the curves go: tensorboard (default), wandb, none, ….", factory=curves)
+    report_to: list[str] = option(
+        text="Where the curves go: tensorboard (default), wandb, none, ….", factory=lambda: ["tensorboard"]
+    )
     verify_checkpoints: bool = option(False, "Hash optimizer files above 1 GB whole: when saved and when resumed.")
     include_num_input_tokens_seen: str = field(
         default="no", metadata={"help": "Log the tokens so far: all, non_padding or no.", "nargs": "?", "const": "all"}
@@ -167,10 +162,6 @@ def settable() -> list[Field]:
 
 
 def defaults() -> dict[str, Any]:
-    """Every flag's default."""
-    return {f.name: default_of(f) for f in settable()}
-
-
-def default_of(f: Any) -> Any:
-    """A field's default; a new one where it can be changed."""
-    return f.default if f.default is not MISSING else f.default_factory()
+    """Every flag's default; a new one where it can be changed."""
+    read: list[Any] = settable()
+    return {f.name: f.default_factory() if f.default is MISSING else f.default for f in read}

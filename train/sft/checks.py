@@ -15,30 +15,32 @@ from typing import Any
 from sft.arguments import DataArguments, ModelArguments, TrainingArguments
 from sft.messages import Refused, choice, note
 
-LEAST = {  # lowest value: of these flags; None (not given) passes
-    0: """learning_rate min_lr warmup_steps weight_decay seed data_seed router_aux_loss_coef early_stopping_patience
-        max_grad_norm dataloader_num_workers save_total_limit""",
-    1: """hidden_size num_layers num_attention_heads num_key_value_heads intermediate_size num_experts moe_topk
-        model_max_length max_position_embeddings vocab_size lora_rank lora_alpha preprocessing_num_workers
-        per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
-        dataloader_prefetch_factor""",
-    2: "max_seq_length",
-}
-ABOVE_0 = "num_train_epochs save_steps eval_steps logging_steps"
-BELOW_1 = "lora_dropout warmup_ratio label_smoothing_factor"
+FROM_0 = """learning_rate min_lr warmup_steps weight_decay seed data_seed router_aux_loss_coef early_stopping_patience
+    max_grad_norm dataloader_num_workers save_total_limit"""
+FROM_1 = """hidden_size num_layers num_attention_heads num_key_value_heads intermediate_size num_experts moe_topk
+    model_max_length max_position_embeddings vocab_size lora_rank lora_alpha preprocessing_num_workers
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps dataloader_prefetch_factor"""
+# Flags, the rule for their numbers, and whether it holds; none allows NaN.
+RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    (FROM_0, "must be at least 0", lambda n: 0 <= n < math.inf),
+    (FROM_1, "must be at least 1", lambda n: 1 <= n < math.inf),
+    ("max_seq_length", "must be at least 2", lambda n: n >= 2),
+    ("num_train_epochs save_steps eval_steps logging_steps", "must be above 0", lambda n: 0 < n < math.inf),
+    ("lora_dropout warmup_ratio label_smoothing_factor", "must be at least 0 and below 1", lambda n: 0 <= n < 1),
+    ("eval_split", "must be above 0 and below 1", lambda n: 0 < n < 1),
+    ("seed data_seed", "must be below 2^32", lambda n: n < 1 << 32),
+    ("max_steps", "must be at least 1, or -1 for --num_train_epochs", lambda n: n == -1 or n > 0),
+)
 
 
 def check_values(values: dict[str, Any]) -> None:
     """Refuse, of all flags' values, what is out of its range and what contradicts another one."""
     if values["output_dir"] is None:
         raise Refused("--output_dir is not given: say where the run's files go")
-    for least, names in LEAST.items():
-        at_least(values, least, names)
-    in_range(values, ABOVE_0, "must be above 0", lambda value: 0 < value < math.inf)
-    in_range(values, BELOW_1, "must be at least 0 and below 1", lambda value: 0 <= value < 1)
-    in_range(values, "eval_split", "must be above 0 and below 1", lambda value: 0 < value < 1)
-    in_range(values, "seed data_seed", "must be below 2^32", lambda value: value < 1 << 32)
-    in_range(values, "max_steps", "must be at least 1, or -1 for --num_train_epochs", lambda n: n == -1 or n > 0)
+    for names, rule, holds in RANGES:
+        for name in names.split():
+            if values[name] is not None and not holds(values[name]):  # None: not given
+                raise Refused(f"--{name} {values[name]}: {rule}")
     if values["min_lr"] > values["learning_rate"]:
         raise Refused(f"--min_lr {values['min_lr']:g} is above --learning_rate {values['learning_rate']:g}")
     if values["eval_split"] is not None and values["eval_data_file"]:
@@ -48,10 +50,8 @@ def check_values(values: dict[str, Any]) -> None:
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if values[name]:
             raise Refused(f"--{name}: leave it out: evaluation is part of the training, and computes as it does")
-    by_length = values["group_by_length"] or values["train_sampling_strategy"] in (
-        "group_by_length",
-        "batch_rebalance",
-    )
+    grouping = ("group_by_length", "batch_rebalance")
+    by_length = values["group_by_length"] or values["train_sampling_strategy"] in grouping
     if values["packing"] == "bin" and by_length:
         flag = "--group_by_length" if values["group_by_length"] else "--train_sampling_strategy"
         raise Refused(f"{flag} with --packing bin: bins are equally full, there is nothing to group")
@@ -62,18 +62,6 @@ def check_values(values: dict[str, Any]) -> None:
             re.compile(values["trainable_params"])
         except re.error as error:
             raise Refused(f"--trainable_params {values['trainable_params']}: {error}") from error
-
-
-def at_least(values: dict[str, Any], least: float, names: str) -> None:
-    """Refuse a number that is lower, infinite or none; None (not given) passes."""
-    in_range(values, names, f"must be at least {least}", lambda value: least <= value < math.inf)
-
-
-def in_range(values: dict[str, Any], names: str, rule: str, holds: Callable[[float], bool]) -> None:
-    """Refuse a number of which the rule does not hold; None (not given) passes."""
-    for name in names.split():
-        if values[name] is not None and not holds(values[name]):
-            raise Refused(f"--{name} {values[name]}: {rule}")
 
 
 def choose_evaluation(values: dict[str, Any]) -> None:

@@ -16,13 +16,10 @@ from sft.data.rows import THINKING, read_row
 
 OF_MESSAGES = {"role", "content", "tool_calls", "tool_call_id", "name", "weight", *THINKING}
 OF_ROWS = {"tools", "functions", "system", "enable_thinking", "reasoning_effort", "chat_template_kwargs", "time"}
-NOT_OF_ROWS = {"messages", "tools", "documents", "tokenize", "return_dict", "add_generation_prompt"}
-NOT_OF_ROWS |= {
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "is_training",
-}  # of the template's variables
+NOT_OF_ROWS = {  # variables of the template that a row may not set
+    "messages", "tools", "documents", "tokenize", "return_dict", "add_generation_prompt", "chat_template",
+    "continue_final_message", "conversation", "is_training",
+}  # fmt: skip
 OTHERS = {  # shapes that are refused by name
     ("chosen", "rejected"): "preference pairs (chosen, rejected)",
     ("text",): 'pretraining text ("text")',
@@ -66,10 +63,10 @@ def to_conversation(row: Any, shape: str | None, unused: Counter[str]) -> Row:
     """
     found = shape_of(row)
     if found is None:
-        refuse_shape(row)
+        raise BadRow(what_it_is(row))
     if shape not in (None, found):
         raise BadRow(f"in the shape {found}, and the file's first row in the shape {shape}: one shape a file")
-    keys, optional, read = SHAPES[str(found)]
+    keys, optional, read = SHAPES[found]
     row = {key: value for key, value in row.items() if key in keys or not is_empty(value)}
     messages = read(row)
     system = row.get("system")
@@ -82,20 +79,20 @@ def to_conversation(row: Any, shape: str | None, unused: Counter[str]) -> Row:
     return conversation
 
 
-def refuse_shape(row: Any) -> None:
-    """Raise BadRow, which says what the row is."""
+def what_it_is(row: Any) -> str:
+    """What a row is that has no shape that is read, and what to do."""
     if isinstance(row, list) and row and isinstance(row[0], dict) and "role" in row[0]:
-        raise BadRow('a bare list of messages: put it in an object, as "messages"')
+        return 'a bare list of messages: put it in an object, as "messages"'
     if not isinstance(row, dict):
-        raise BadRow(f"a JSON object is expected, not {type(row).__name__}")
+        return f"a JSON object is expected, not {type(row).__name__}"
     if "role" in row:
-        raise BadRow('a single message: put all of a conversation in one object, as "messages"')
+        return 'a single message: put all of a conversation in one object, as "messages"'
     if "messages" in row:
-        raise BadRow('"messages" is empty')
+        return '"messages" is empty'
     for keys, name in OTHERS.items():
         if all(key in row for key in keys):
-            raise BadRow(f'{name}: not a conversation, which "messages" would hold')
-    raise BadRow('no "messages", nor the keys of another shape that is read')
+            return f'{name}: not a conversation, which "messages" would hold'
+    return 'no "messages", nor the keys of another shape that is read'
 
 
 def check_order(messages: list[Message]) -> None:
@@ -218,10 +215,8 @@ def switches(row: Row) -> Row:
     if not isinstance(further, dict) or NOT_OF_ROWS & further.keys():
         raise BadRow('"chat_template_kwargs" is not an object of variables for the template')
     found: Row = {}
-    for name, kind, what in (
-        ("enable_thinking", bool, "neither true nor false"),
-        ("reasoning_effort", str, "not a text"),
-    ):
+    kinds = (("enable_thinking", bool, "neither true nor false"), ("reasoning_effort", str, "not a text"))
+    for name, kind, what in kinds:
         values = [values[name] for values in (row, further) if values.get(name) is not None]
         if not all(isinstance(value, kind) for value in values):
             raise BadRow(f'"{name}" is {what}')
