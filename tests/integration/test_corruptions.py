@@ -93,7 +93,7 @@ SHARDED = {
 }
 CHECKPOINT = {
     "trainer_state deleted": (delete("trainer_state.json"), "is not a checkpoint"),
-    "trainer_state cut": (cut("trainer_state.json"), "trainer_state.json: not a readable json object"),
+    "trainer_state cut": (cut("trainer_state.json"), "it has no whole trainer_state.json"),
     "optimizer deleted": (delete("optimizer.pt"), "optimizer.pt is missing"),
     "optimizer cut": (cut("optimizer.pt"), "optimizer.pt is not whole"),
     "scheduler deleted": (delete("scheduler.pt"), "scheduler.pt is missing"),
