@@ -175,6 +175,7 @@ def test_warnings_are_counted(format_tokenizer, shared):
         ("hy", {"messages": [user("q"), so, tool("r")], **TOOLS}, "text_left_out"),
         ("mt", {"messages": [user("q"), assistant("b")], **TOOLS}, "tools_left_out"),
         ("hy", {"messages": [user("q"), call("get_f"), tool("r")]}, "tools_left_out"),
+        ("mt", {"messages": [user("q"), assistant("")]}, "empty_answer"),
         ("mt", {"messages": [user("q"), assistant("b")], "enable_thinking": False}, "switches_left_out"),
         ("dense", {"messages": [user("q"), assistant("b")], **HIGH}, "switches_left_out"),
         ("hy3", {"messages": [user("q"), assistant("b")], "chat_template_kwargs": {"x": 1}}, "switches_left_out"),

@@ -55,6 +55,16 @@ def test_in_half_precision_it_is_as_near_as_the_plain_way():
         assert mine.dtype == torch.bfloat16 and (mine - right).norm() <= 1.2 * (other - right).norm() + 1e-3
 
 
+def test_a_factor_is_not_rounded_to_half_precision():
+    hidden, weight, targets = drawn(50, torch.bfloat16)
+    total = SumOfLosses.apply(hidden, weight, targets, torch.bfloat16)
+    whole = torch.autograd.grad(total, (hidden, weight), retain_graph=False)
+    total = SumOfLosses.apply(hidden, weight, targets, torch.bfloat16)
+    for part, all_of_it in zip(torch.autograd.grad(total / 1007, (hidden, weight)), whole, strict=True):
+        ratio = (part.double() * 1007 * all_of_it.double()).sum() / all_of_it.double().square().sum()
+        assert ratio.item() == pytest.approx(1, abs=5e-4)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_head_in_fp32(autocast):
     hidden, weight, targets = drawn(5, torch.float32 if autocast else torch.bfloat16)
@@ -63,10 +73,10 @@ def test_a_head_in_fp32(autocast):
     exact = hidden.float() @ weight.float().T
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert torch.equal(head(hidden), exact)
-        head.targets = targets
-        total = head(hidden)
+        with head.knows(targets):
+            total = head(hidden)
         assert total.item() == pytest.approx(torch.nn.functional.cross_entropy(exact, targets, reduction="sum").item())
-        assert head(hidden).shape == (5, VOCABULARY), "the targets are for one pass"
+        assert head(hidden).shape == (5, VOCABULARY), "it has forgotten the targets"
         head.in_fp32 = False
         assert head(hidden).dtype == torch.bfloat16
 
@@ -90,8 +100,10 @@ def test_a_model_with_the_head(kind, tie, model_dir, example_tokenizer_dir):
 
     before, names = run(), list(model.state_dict())
     head = compute_in_chunks(model, at_supervised=True, fp16=False)
-    head.targets = targets
-    after = run()
+    with head.knows(targets):
+        after = run()
+    with pytest.raises(ValueError, match="not told the targets"):
+        run()
     assert after[0] == pytest.approx(before[0], abs=1e-6) and list(model.state_dict()) == names
     assert (head.weight is model.get_input_embeddings().weight) == tie and after[1].keys() == before[1].keys()
     for name, gradient in after[1].items():

@@ -129,6 +129,15 @@ def like(message, **more):
         (said(USER, ANSWER, chat_template_kwargs={"x": 1}), said(USER, ANSWER, chat_template_kwargs={"x": 1})),
         (said(USER, ANSWER, enable_thinking=False, time=5), said(USER, ANSWER, enable_thinking=False, time=5)),
         (said(USER, ANSWER, enable_thinking=None, reasoning_effort="", time=None), said(USER, ANSWER)),
+        (
+            said({"from": "human", "content": "q"}, {"role": "assistant", "value": "a"}),
+            pairs(("user", "q"), ("assistant", "a")),
+        ),
+        (said({"role": "user", "text": "q"}, {"from": "gpt", "text": "a"}), pairs(("user", "q"), ("assistant", "a"))),
+        (
+            pairs(("user", [{"type": "text", "text": "q", "cache_control": {}}]), ("assistant", "a")),
+            pairs(("user", "q"), ("assistant", "a")),
+        ),
     ],
 )
 def test_what_is_read_as_a_conversation(row, conversation):
@@ -194,6 +203,27 @@ def test_what_is_read_as_a_conversation(row, conversation):
         ({"instruction": "q", "output": 3}, '"output" is not a text'),
         ({"query": "q", "response": "a", "history": ["x"]}, '"history" is not a list of pairs of texts'),
         ({"conversations": [{"from": "bing", "value": "q"}]}, "conversations[0] has no role"),
+        (said(like(USER, value="other"), ANSWER), 'messages[0] has "content" and "value" that say different things'),
+        (pairs(("user", [{"image": "a.png"}, {"text": "x"}])), "content that is not only text: image"),
+        (pairs(("user", [{"type": "text", "content": "x"}])), "content that is not only text: content"),
+        (pairs(("user", [{"type": {"a": 1}, "text": "x"}])), "content that is not only text"),
+        (pairs(("user", [{"type": "text"}])), "content that is not only text: no text"),
+        ({"prompt": "q", "completion": "a", "label": False}, '"label" beside completion would change'),
+        (
+            {"prompt": [USER, like(ANSWER, weight=1), USER], "completion": [ANSWER]},
+            '"prompt" has "weight": its answers are not trained on',
+        ),
+        (said(USER, like(CALL, function_call={"name": "g"})), '"tool_calls" and "function_call" that say different'),
+        (
+            said(USER, like(CALL, tool_calls=[{"name": "f", "args": {}}])),
+            'a tool call with "args": call it "arguments"',
+        ),
+        (said(USER, like(ANSWER, reasoning="r", reasoning_content="s")), "thinking in two fields, and they differ"),
+        (said(USER, ANSWER, reasoning_content="r"), '"reasoning_content" beside messages would change what is learnt'),
+        (
+            said(USER, like(ANSWER, weight=0), {"role": "function_call", "content": '{"name": "f"}'}),
+            'an answer and its call stand in two messages, and differ in "weight"',
+        ),
     ],
 )
 def test_what_is_not_a_conversation(row, says):

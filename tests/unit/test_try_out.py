@@ -57,6 +57,7 @@ def test_refused_with_the_flag(flags, says):
         ["--lr_scheduler_type", "warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": 2}'],
         ["--lr_scheduler_type", "polynomial", "--min_lr", "1e-6"],
         ["--gradient_checkpointing", "--gradient_checkpointing_kwargs", '{"use_reentrant": true}'],
+        ["--gradient_checkpointing", "--gradient_checkpointing_kwargs", '{"every_n_layers": 2}'],
         ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "--dataloader_prefetch_factor", "2"],
     ],
     ids=" ".join,

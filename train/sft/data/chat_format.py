@@ -84,6 +84,7 @@ class ChatFormat(ChatTemplate):
                         where = f"messages[{i}]"
                         raise BadRow(f"the row says no_think, but {where} carries thinking: one of them is wrong")
                     counts["no_think_with_thinking"] += asked_not_to_think
+                counts["empty_answer"] += not turn.answer.strip() and not message.get("tool_calls")
                 counts["without_thinking"] += self.thinks and not no_think and turn.thinking is None
                 if turn.thinking is not None and (wraps or history == "answers"):
                     earlier = as_templates_read(without_thinking(message, turn))

@@ -20,6 +20,7 @@ OTHER_ROLES = {
 }  # fmt: skip
 IS_CALL = ("tool_call", "function_call")  # roles whose content is one call, or a list of them
 SWITCHES = ("weight", "loss", "train", "trainable", "loss_mask")  # of a message: whether it is trained on
+OF_PARTS = ("type", "text", "cache_control", "annotations")  # keys of a part of a content that is text
 # Keys that would change the meaning, and cannot be used.
 REFUSED = {
     "chosen", "rejected", "rejected_response", "rejected_messages", "history", "image", "images", "video", "videos",
@@ -38,38 +39,50 @@ def convert(given: Any, where: str) -> Message:
     if given.keys() == {"role", "content"} and given["role"] in ROLES and isinstance(given["content"], str):
         return given  # most are so
     message = {key: value for key, value in given.items() if not is_empty(value)}
-    if "from" in message and "role" not in message:
-        message["role"], content = message.pop("from"), message.pop("value", None)
-    else:
-        content = message.get("content")
-    written = message["role"] if isinstance(message.get("role"), str) else ""
-    message["role"] = OTHER_ROLES.get(written, written)
+    role, content = one_of(message, ("role", "from"), where), one_of(message, ("content", "value"), where)
+    if content is None:
+        content = message.pop("text", None)
+    written = role if isinstance(role, str) else ""
+    message = {"role": OTHER_ROLES.get(written, written), **message}
     if message["role"] not in ROLES:
         raise BadRow(f"{where} has no role of {', '.join(ROLES)}")
     if refused := [key for key in message if key in REFUSED and message[key] is not False]:
         raise BadRow(f'{where} has "{refused[0]}", which would change what is learnt, and cannot be used')
     if written in IS_CALL:
         message["tool_calls"], content = calls_of(content, where), None
-    elif calls := message.pop("tool_calls", None) or message.pop("function_call", None):
+    elif found := [calls_of(message.pop(key), where) for key in ("tool_calls", "function_call") if key in message]:
         if message["role"] != "assistant":
             raise BadRow(f"{where} has tool calls, and is not the assistant's")
-        message["tool_calls"] = calls_of(calls, where)
+        if len({json.dumps([call["function"] for call in calls]) for calls in found}) > 1:
+            raise BadRow(f'{where} has "tool_calls" and "function_call" that say different things')
+        message["tool_calls"] = found[0]
     message["content"] = joined_parts(content, where)
     for name in THINKING:
         if not isinstance(message.get(name), str | None):
             raise BadRow(f'{where} has "{name}" that is not a text')
+    if len({message[name].strip() for name in THINKING if name in message}) > 1:
+        raise BadRow(f"{where} has thinking in two fields, and they differ")
     if not is_trained(message, where):
         message["weight"] = 0
     return message | {"is_call": True} if written in IS_CALL else message
 
 
+def one_of(message: Message, keys: tuple[str, ...], where: str) -> Any:
+    """The value of the first of these keys that is there; all are taken out. Raises BadRow where they differ."""
+    values = [message.pop(key) for key in keys if key in message]
+    if any(value != values[0] for value in values):
+        raise BadRow(f'{where} has "{keys[0]}" and "{keys[1]}" that say different things')
+    return values[0] if values else None
+
+
 def joined_parts(content: Any, where: str) -> str:
     """A content as one text; of a list of text parts all, with nothing between."""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        kinds = {part.get("type", "text") for part in content} - {"text"}
-        if kinds:
-            raise BadRow(f"{where} has content that is not only text: {', '.join(map(str, kinds))[:50]}")
-        content = "".join(joined_parts(part.get("text"), where) for part in content)
+        for part in content:
+            odd = [key for key in part if key not in OF_PARTS] or [part.get("type")] * (part.get("type") != "text")
+            if "text" not in part or (odd and odd != [None]):
+                raise BadRow(f"{where} has content that is not only text: {str((odd or ['no text'])[0])[:50]}")
+        content = "".join(joined_parts(part["text"], where) for part in content)
     if not isinstance(content, str | None):
         raise BadRow(f'{where} has no "content" that is a text')
     return content or ""
@@ -99,6 +112,8 @@ def calls_of(calls: Any, where: str) -> list[Row]:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise BadRow(f"{where} has a tool call without a name")
+        if other := next((key for key in ("args", "input") if key in function and "arguments" not in function), None):
+            raise BadRow(f'{where} has a tool call with "{other}": call it "arguments"')
         why = f"{where} has arguments of a tool call that are not a JSON object"
         arguments = function.get("arguments", function.get("parameters"))
         arguments = {} if is_empty(arguments) else spelled(arguments, why)
@@ -126,6 +141,9 @@ def joined(messages: list[Message]) -> list[Message]:
     found: list[Message] = []
     for message in messages:
         if message.pop("is_call", False) and found and found[-1]["role"] == "assistant":
+            for key in ("weight", *THINKING):
+                if (key == "weight" or key in found[-1] and key in message) and found[-1].get(key) != message.get(key):
+                    raise BadRow(f'an answer and its call stand in two messages, and differ in "{key}": join them')
             calls = found[-1].get("tool_calls", []) + message["tool_calls"]
             found[-1] = found[-1] | message | {"tool_calls": calls, "content": found[-1]["content"]}
         else:

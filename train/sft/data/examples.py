@@ -92,7 +92,12 @@ def render_row(
 ) -> tuple[list[Sequence], Counter[str]]:
     """The texts that a row becomes, and counts of what was found in it. Raises BadRow."""
     counts: Counter[str] = Counter()
-    row = parse_row(line, shape, counts)
+    try:
+        row = parse_row(line, shape, counts)
+    except BadRow:
+        raise
+    except Exception as error:  # a value of a kind that is not foreseen
+        raise BadRow(f"cannot be read ({type(error).__name__})") from error
     try:
         return chat.sequences(row, options.train_on, counts, options.history), counts
     except BadRow:

@@ -18,6 +18,7 @@ WARNINGS = {
     "against_prompt": "assistant turns that do not begin with the generation prompt of inference (thinking under "
     "enable_thinking false, no_think or a template that closes the block: set it in the row)",
     "thinking_left_out": "assistant turns whose thinking the template leaves out",
+    "empty_answer": "assistant turns have neither text nor calls: the model learns to say nothing",
     "text_left_out": "messages whose text the template leaves out",
     "switches_left_out": "rows have a reasoning_effort, an enable_thinking or another variable that the template does "
     "not read",

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from sft.data.convert import REFUSED, Message, Row, convert, is_empty, joined, spelled
+from sft.data.convert import REFUSED, SWITCHES, Message, Row, convert, is_empty, joined, spelled
 from sft.data.lines import BadRow
 from sft.data.rows import THINKING, read_row
 
@@ -135,6 +135,8 @@ def read_completion(row: Row) -> list[Message]:
         given = value if isinstance(value, list) else [value]
         messages = [convert(message, f"{key}[{i}]") for i, message in enumerate(given)]
         if key == "prompt":
+            if asked := [name for m in given if isinstance(m, dict) for name in SWITCHES if m.get(name)]:
+                raise BadRow(f'"prompt" has "{asked[0]}": its answers are not trained on')
             messages = [m | {"weight": 0} if m["role"] == "assistant" else m for m in messages]
         found += messages
     return found
@@ -232,6 +234,8 @@ def switches(row: Row) -> Row:
 def count_unused(row: Row, of_shape: set[str], messages: list[Message], unused: Counter[str]) -> None:
     """Count the keys that change nothing; raise BadRow for one that would."""
     for key in row.keys() - of_shape - OF_ROWS:
+        if key in THINKING and not is_empty(row[key]) or key == "label" and isinstance(row[key], bool):
+            raise BadRow(f'"{key}" beside {min(of_shape)} would change what is learnt, and cannot be used')
         repeats = isinstance(row[key], str) and any(message["content"] == row[key] for message in messages)
         if (key in REFUSED or key in OF_SHAPES) and row[key] is not False and not repeats:
             raise BadRow(f'"{key}" would change what is learnt, and cannot be used beside {min(of_shape)}')

@@ -5,6 +5,9 @@ does not grow with vocabulary × positions. Where the model's config says `enabl
 computes in fp32, which transformers 5.23 does not.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
@@ -22,7 +25,7 @@ class SumOfLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype):
         total = torch.zeros((), device=hidden.device)
-        of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        of_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         matrix, size = weight.to(dtype), max(1, LOGITS.get(hidden.device.type, 2**26) // len(weight))
         for i in range(0, len(hidden), size):
@@ -38,32 +41,41 @@ class SumOfLosses(torch.autograd.Function):
                 of_hidden[i : i + size] = slope @ matrix
             if of_weight is not None:
                 of_weight += slope.T @ part
-        ctx.gradients = of_hidden, None if of_weight is None else of_weight.to(weight.dtype)
+        ctx.gradients, ctx.dtypes = [of_hidden, of_weight], (hidden.dtype, weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx, factor):
         gradients, ctx.gradients = ctx.gradients, None  # autograd takes over what nobody else holds
-        return *(None if g is None else g.mul_(factor.to(g.dtype)) for g in gradients), None, None
+        # in fp32: half precision would round the factor, and with it the length of the whole gradient
+        scaled = (None if g is None else g.mul_(factor).to(dtype) for g, dtype in zip(gradients, ctx.dtypes))
+        return *scaled, None, None
 
 
 class Head(torch.nn.Linear):
-    """An output head that gives, once after `targets` (positions,) are set, the sum of their losses and no logits."""
+    """An output head that gives the sum of the losses, and no logits, while it knows the `targets` (positions,)."""
 
     targets: torch.Tensor | None = None
     in_fp32: bool = False
 
+    @contextlib.contextmanager
+    def knows(self, targets: torch.Tensor) -> Iterator[None]:
+        self.targets = targets
+        try:
+            yield
+        finally:
+            self.targets = None
+
     @torch.compiler.disable
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        targets, self.targets = self.targets, None
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         dtype = torch.float32 if self.in_fp32 else dtype
         with torch.autocast(kind, enabled=False):
-            if targets is None:
+            if self.targets is None:
                 return linear(hidden.to(dtype), self.weight.to(dtype))
             weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
-            return SumOfLosses.apply(hidden, weight, targets, dtype)
+            return SumOfLosses.apply(hidden, weight, self.targets, dtype)
 
 
 def put_head(model: PreTrainedModel) -> Head | None:

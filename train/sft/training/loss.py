@@ -13,7 +13,9 @@ from sft.model.load import without_adapter
 
 
 def mean_of_sum(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None, **kwargs) -> torch.Tensor:
-    """In place of transformers' loss, after a Head that had targets: its sum over the number of tokens."""
+    """What takes the place of transformers' loss: the sum that a Head gave as `logits`, over the tokens."""
+    if logits.dim():
+        raise ValueError("the head gave logits: it was not told the targets (Head.knows)")
     return logits / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -22,7 +24,7 @@ def compute_in_chunks(model: PreTrainedModel, at_supervised: bool, fp16: bool) -
     inner = without_adapter(model)
     head = put_head(inner)
     if head is None or fp16:
-        why = "--fp16: its gradients need their scale" if head else "the head is not transformers' matrix alone"
+        why = "--fp16: gradients need their scale" if head else "the head has an adapter, a bias or code of its own"
         choice("loss", "of all logits at once", why)
     if head is None or fp16 or not at_supervised:
         return None

@@ -79,7 +79,7 @@ class Probe(TrainerCallback):
                 start = " ".join(answers[i].split())[:30]
                 print(f"    {when} {start or '(nothing)'}")
         print(
-            f"Prompts that are not among the rows, answered exactly: {score['example_correct_before']} of "
+            f"Prompts of --probe_file answered exactly: {score['example_correct_before']} of "
             f"{score['example_prompts']} before training, {score['example_correct_after']} after",
             flush=True,
         )

@@ -57,7 +57,8 @@ def try_out(args: TrainingArguments) -> None:
         torch.utils.data.DataLoader([0], **loader)
     again = getattr(args, "activation_checkpointing_kwargs", args.gradient_checkpointing_kwargs)  # 5.17: the old name
     with refusing(f"--gradient_checkpointing_kwargs {again}"):
-        checkpoint(lambda x: x, torch.ones(1, requires_grad=True), **({"use_reentrant": False} | (again or {})))
+        of_torch = {key: value for key, value in (again or {}).items() if key not in ("every_n_layers", "offload")}
+        checkpoint(lambda x: x, torch.ones(1, requires_grad=True), **({"use_reentrant": False} | of_torch))
     with refusing(f"--report_to {' '.join(args.report_to)}"):
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()
