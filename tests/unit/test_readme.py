@@ -38,5 +38,5 @@ def test_flags_that_are_named_exist_and_ours_are_named(name):
     named = set(re.findall(r"--([a-z][a-z0-9_-]+)", TEXTS[name]))
     assert named - ALL - MERGE_AND_CHAT - DATA_PY - OTHERS == set()
     assert OURS - named == set()
-    for script in re.findall(r"(?:bash|python) (train/[\w/]+\.(?:sh|py))", TEXTS[name]):
-        assert (REPO / script).is_file()
+    for file in re.findall(r"\b((?:train|tests)/[\w/]+\.(?:sh|py))", TEXTS[name]):
+        assert (REPO / file).is_file(), file
