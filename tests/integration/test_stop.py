@@ -53,6 +53,8 @@ class Run(ServerRun):
         done = self.wait(seconds)
         said = done.stdout + done.stderr
         alone = re.sub(r"\nrank \d, asked to stop: .*", "", said)  # its peer was gone before it was asked
+        # torch's own, where the peer that serves the store ends while this rank connects to it; no code of ours runs
+        alone = re.sub(r"\[rank\d\]:\[W[^\n]* TCPStore\.cpp.*?_start \+ [^\n]*", "", alone, flags=re.DOTALL)
         assert "Traceback" not in alone and "Error" not in alone, said[-3000:]
         deadline = time.monotonic() + 5
         while left := [process for process in psutil.process_iter() if is_of(process, self.session)]:
