@@ -13,8 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
@@ -24,7 +22,7 @@ WAYS = {"bf16": [], "4 bits": ["--load_in_4bit"]}
 
 def worker(way: str, base: str, file: str) -> None:
     """Load in this process, and write what it took, in bytes and seconds."""
-    from bench_load import status
+    from bench_load import measured
 
     from sft.model.load import load_model, open_directory
     from sft.training.plan import parse_arguments
@@ -33,22 +31,7 @@ def worker(way: str, base: str, file: str) -> None:
     args, _, training = parse_arguments([*flags, "--lora_rank", "16", *WAYS[way]])
     if args.load_in_4bit:
         import sft.model.four_bits  # noqa: F401 (not what is measured)
-    before, peaks, over = status(), [0, 0], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.005):
-            peaks[:] = [max(pair) for pair in zip(peaks, status())]
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    start = time.monotonic()
-    model = load_model(args, training, None, open_directory(args))
-    seconds = time.monotonic() - start
-    over.set()
-    thread.join()
-    figures = {"allocated": peaks[0] - before[0], "resident": peaks[1] - before[1], "kept": status()[0] - before[0]}
-    figures |= {"seconds": seconds}
-    del model  # kept until here
+    figures = measured(lambda: load_model(args, training, None, open_directory(args)))
     Path(file).write_text(json.dumps(figures))
 
 

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
@@ -26,6 +28,27 @@ def status() -> tuple[int, int]:
     return int(lines["RssAnon"].split()[0]) * 1024, int(lines["VmRSS"].split()[0]) * 1024
 
 
+def measured(load: Callable[[], object]) -> dict[str, float]:
+    """What `load` allocates and makes resident at its peak, and what stays allocated while its result lives, in bytes
+    above what there was before; and its seconds."""
+    before, peaks, over = status(), [0, 0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            peaks[:] = [max(pair) for pair in zip(peaks, status())]
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    start = time.monotonic()
+    model = load()
+    seconds = time.monotonic() - start
+    over.set()
+    thread.join()
+    figures = {"allocated": peaks[0] - before[0], "resident": peaks[1] - before[1], "kept": status()[0] - before[0]}
+    del model  # kept until here
+    return figures | {"seconds": seconds}
+
+
 def worker(way: str, base: str, folder: str) -> None:
     """One rank: load, and write the peaks."""
     from transformers import AutoModelForCausalLM
@@ -35,27 +58,13 @@ def worker(way: str, base: str, folder: str) -> None:
 
     flags = ["--model_name_or_path", base, "--train_data_file", "x", "--output_dir", folder, "--bf16"]
     args, _, training = parse_arguments([*flags, "--deepspeed", "ds_zero3_no_offload.json"])
-    before, peaks, over = status(), [0, 0], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.01):
-            peaks[:] = [max(pair) for pair in zip(peaks, status())]
-
-    thread = threading.Thread(target=watch)
-    thread.start()
     if way == "plain":
         import torch
 
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        figures = measured(lambda: AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16))
     else:
-        model = load_model(args, training, None, open_directory(args))
-    over.set()
-    thread.join()
-    kept = status()[0] - before[0]
-    del model
-    rank = os.environ["RANK"]
-    figures = {"allocated": peaks[0] - before[0], "resident": peaks[1] - before[1], "kept": kept}
-    Path(folder, f"{way}-{rank}.json").write_text(json.dumps(figures))
+        figures = measured(lambda: load_model(args, training, None, open_directory(args)))
+    Path(folder, f"{way}-{os.environ['RANK']}.json").write_text(json.dumps(figures))
 
 
 def main() -> None:
@@ -70,7 +79,7 @@ def main() -> None:
 
     from runs import free_port
 
-    found: dict[tuple[str, int], list[dict[str, int]]] = {}
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, "base")
         base.mkdir()

@@ -79,9 +79,11 @@ def joined_parts(content: Any, where: str) -> str:
     """A content as one text; of a list of text parts all, with nothing between."""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         for part in content:
-            odd = [key for key in part if key not in OF_PARTS] or [part.get("type")] * (part.get("type") != "text")
-            if "text" not in part or (odd and odd != [None]):
-                raise BadRow(f"{where} has content that is not only text: {str((odd or ['no text'])[0])[:50]}")
+            unknown = [key for key in part if key not in OF_PARTS]
+            kind = "text" if part.get("type") is None else part["type"]
+            if unknown or kind != "text" or "text" not in part:
+                what = unknown[0] if unknown else kind if kind != "text" else "no text"
+                raise BadRow(f"{where} has content that is not only text: {str(what)[:50]}")
         content = "".join(joined_parts(part["text"], where) for part in content)
     if not isinstance(content, str | None):
         raise BadRow(f'{where} has no "content" that is a text')

@@ -68,6 +68,7 @@ class Head(torch.nn.Linear):
 
     @torch.compiler.disable
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (…, vocabulary) of hidden (…, width); with targets the sum () in fp32, of (positions, width)."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         dtype = torch.float32 if self.in_fp32 else dtype

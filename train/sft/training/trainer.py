@@ -94,10 +94,9 @@ class Trainer(OtherRanks):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss, with `--router_aux_loss_coef` the load-balancing loss included. That is divided by the number of
         micro-batches, because their gradients are summed (those of the ranks are averaged)."""
-        watched = self.routers.watch(inputs.get("attention_mask")) if self.routers and model.training else None
-        with contextlib.ExitStack() as stack:
-            for context in (watched, self.head.knows(inputs["shift_labels"]) if self.head else None):
-                stack.enter_context(context or contextlib.nullcontext())
+        nothing = contextlib.nullcontext()
+        watched = self.routers.watch(inputs.get("attention_mask")) if self.routers and model.training else nothing
+        with watched, self.head.knows(inputs["shift_labels"]) if self.head else nothing:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not model.training:
             return (loss, outputs) if return_outputs else loss
