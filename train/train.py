@@ -13,7 +13,6 @@ else: failed.
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 from sft import stopping
@@ -27,13 +26,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from sft.arguments import DataArguments, ModelArguments, TrainingArguments
 from sft.data.batches import Collator, Data, load_data
 from sft.messages import guard, note, run_script
-from sft.model.load import accepts_loss_kwargs, load_model, takes_supervised_head
+from sft.model.load import load_model
 from sft.quiet import leave_out_harmless_messages
 from sft.training.attention import keep_rows_apart
-from sft.training.disk import check_space, why_not_saved
-from sft.training.environment import exit_all_ranks, failing_together, first_rank_refuses
+from sft.training.disk import check_space, saving
+from sft.training.environment import exit_all_ranks, first_rank_refuses
 from sft.training.go_on import GoOn
-from sft.training.loss import compute_in_chunks, mean_loss
+from sft.training.loss import choose_loss
 from sft.training.output_dir import begin_output_dir, check_output_dir, lock_output_dir
 from sft.training.plan import parse_arguments
 from sft.training.probe import Probe
@@ -52,14 +51,14 @@ def main(argv: list[str]) -> None:
     start = find_start(model_args, data_args, training_args)
     model_path = model_args.adapter or model_args.model_name_or_path
     earlier_run = check_output_dir(training_args, model_path, model_args.tokenizer_name_or_path)
+    output_dir = Path(training_args.output_dir)
 
     # 2. Data: rows → token sequences.
     data = load_data(data_args, start.tokenizer, training_args.seed)
     record_rows(training_args, data_args.train_data_file, data.examples, data.figures)
-    saving = partial(failing_together, partial(why_not_saved, Path(training_args.output_dir), 0))
     if start.checkpoint and not steps_left(start.checkpoint, training_args, len(data.train), model_args.given):
         lock_output_dir(training_args, begin=True)  # all ranks have looked at it then
-        with saving():
+        with saving(output_dir):
             write_final_files(start, training_args, model_args.any_base, data.figures)
         return
     probe = Probe(training_args.probe_file, start.tokenizer) if training_args.probe_file else None
@@ -78,11 +77,11 @@ def main(argv: list[str]) -> None:
 
     # 6. Save: the final model at the top of output_dir, the curve and the figures beside it.
     trainer.finish_save()
-    with saving():
+    with saving(output_dir):
         trainer.save_model()
         trainer.save_state()
         write_results(trainer, result.metrics, probe, data.figures)
-    note(f"done: {training_args.output_dir}")
+    note(f"done: {output_dir}")
 
 
 def make_trainer(
@@ -98,19 +97,17 @@ def make_trainer(
     positions = getattr(model.config, "max_position_embeddings", data_args.max_seq_length)
     if data_args.max_seq_length > positions:
         note(f"--max_seq_length {data_args.max_seq_length} is more than the model's {positions} positions")
-    tokenizer = start.tokenizer
+    tokenizer, loss = start.tokenizer, choose_loss(model, training_args)
     collator = Collator(
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         packing=data_args.packing,
-        supervised_head=takes_supervised_head(model, training_args),
+        supervised_head=loss.at_supervised,
     )
     if data_args.packing != "none":
         keep_rows_apart(model, training_args, model_args.use_flash_attn)
     callbacks = [probe] if probe else []
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
-    # of a class that takes no number of tokens, the loss is computed here, over the whole step
-    loss_func = None if accepts_loss_kwargs(model) or training_args.label_smoothing_factor else mean_loss
     training_args.restore_callback_states_from_checkpoint = False  # GoOn does; the Trainer would build callbacks anew
     trainer = Trainer(
         model=model,
@@ -119,12 +116,12 @@ def make_trainer(
         eval_dataset=data.evaluation,
         data_collator=collator,
         callbacks=callbacks,
-        compute_loss_func=loss_func,
+        compute_loss_func=loss.function,
+        head=loss.head,
         meter=Meter(),
         companions=start.directory,
         router_aux_loss_coef=model_args.router_aux_loss_coef,
     )
-    trainer.head = compute_in_chunks(model, collator.supervised_head, training_args.fp16)
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     go_on = GoOn(trainer, start.best)

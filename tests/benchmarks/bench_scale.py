@@ -39,7 +39,7 @@ def step(length: int, rows: int, vocabulary: int, plain: bool, repeats: int) -> 
 
     from sft.data.batches import Collator
     from sft.training.attention import keep_rows_apart
-    from sft.training.loss import compute_in_chunks
+    from sft.training.loss import choose_loss
 
     torch.manual_seed(0)
     config = HunYuanDenseV1Config(
@@ -48,8 +48,9 @@ def step(length: int, rows: int, vocabulary: int, plain: bool, repeats: int) -> 
     )  # fmt: skip
     model, head = HunYuanDenseV1ForCausalLM(config).train(), None
     if not plain:
-        keep_rows_apart(model, SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False))
-        head = compute_in_chunks(model, at_supervised=True, fp16=False)
+        flags = {"bf16": False, "fp16": False, "label_smoothing_factor": 0.0, "use_liger_kernel": False}
+        keep_rows_apart(model, SimpleNamespace(device=torch.device("cpu"), **flags))
+        head = choose_loss(model, SimpleNamespace(**flags)).head
     ids = np.arange(length) % vocabulary
     labels = np.where(np.arange(length) % 4 == 0, ids, -100)
     batch = Collator(0, "batch")([{"input_ids": ids, "labels": labels} for _ in range(rows)])

@@ -68,6 +68,13 @@ def test_deepspeed(stage, lora, train):
     assert figures["world_size"] == 1 and figures["peak_memory_bytes"] > 0
 
 
+def test_activation_offload(train):
+    recomputed, figures, _, _ = train("moe", "--gradient_checkpointing")
+    ours, less, _, _ = train("moe", "--gradient_checkpointing", "--activation_offload")
+    assert ours == pytest.approx(recomputed, abs=1e-6)
+    assert less["peak_memory_bytes"] <= figures["peak_memory_bytes"]
+
+
 def test_a_frozen_base_stays_in_half_precision(train):
     stdout = train("moe", "--bf16", "--use_lora", dtype="bfloat16")[3]
     assert "dtype of the weights = auto" in stdout

@@ -7,6 +7,7 @@ import os
 import pytest
 import transformers
 
+from sft.arguments import TrainingArguments
 from sft.messages import Refused
 from sft.training import environment
 from sft.training.plan import parse_arguments
@@ -190,6 +191,15 @@ def test_gloo_takes_the_interface_that_is_named_for_nccl(given, gloo, launched, 
     launched(**given)
     environment.complete_variables()
     assert os.environ.get("GLOO_SOCKET_IFNAME") == gloo
+
+
+def test_activation_offload_is_said_to_transformers():
+    """What it does there needs a GPU."""
+    flags = {"gradient_checkpointing": True, "activation_offload": True, "use_cpu": True, "eval_strategy": "no"}
+    for given in ('{"use_reentrant": true}', {"use_reentrant": True}):
+        args = TrainingArguments(**flags, gradient_checkpointing_kwargs=given)
+        assert args.activation_checkpointing_kwargs == {"use_reentrant": True, "offload": True}
+    assert TrainingArguments(**flags).activation_checkpointing_kwargs == {"offload": True}
 
 
 def test_transformers_still_starts_gloo_without_the_timeout():

@@ -1,6 +1,8 @@
 """FLOPs from the configuration: those that PyTorch counts while a step runs, and the sizes that the models are named
 after."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +14,7 @@ from sft.model.load import freeze
 from sft.model.lora import add_adapter
 from sft.model.pretrained import load_pretrained
 from sft.training.flops import TOKEN, flops_of_step
-from sft.training.loss import compute_in_chunks
+from sft.training.loss import choose_loss
 
 ROWS, LENGTH = 2, 24
 KINDS = ["dense", "moe", "hy_v3", "hy_v4"]
@@ -84,7 +86,8 @@ def test_as_pytorch_counts(kind, trained, every, load):
 def test_the_head_in_chunks_costs_what_a_head_costs(at_supervised, load):
     model = load("dense")
     plain, units = count(model, at_supervised)
-    assert compute_in_chunks(model, True, fp16=False)
+    flags = SimpleNamespace(label_smoothing_factor=0.0, use_liger_kernel=False, fp16=False)
+    assert choose_loss(model, flags).head
     assert count(model, at_supervised)[0] == plain == pytest.approx(flops_of_step(model) @ units)
 
 

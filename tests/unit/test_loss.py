@@ -1,12 +1,16 @@
 """The loss in chunks: the sum and its gradients are those of all logits at once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from sft.model import head as heads
 from sft.model.head import Head, SumOfLosses
-from sft.training.loss import compute_in_chunks
+from sft.training.loss import choose_loss
+
+FLAGS = SimpleNamespace(label_smoothing_factor=0.0, use_liger_kernel=False, fp16=False)
 
 VOCABULARY, WIDTH = 97, 16
 
@@ -99,7 +103,7 @@ def test_a_model_with_the_head(kind, tie, model_dir, example_tokenizer_dir):
         return found.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     before, names = run(), list(model.state_dict())
-    head = compute_in_chunks(model, at_supervised=True, fp16=False)
+    head = choose_loss(model, FLAGS).head
     with head.knows(targets):
         after = run()
     with pytest.raises(ValueError, match="not told the targets"):
@@ -113,10 +117,13 @@ def test_a_model_with_the_head(kind, tie, model_dir, example_tokenizer_dir):
 def test_where_the_head_stays_as_it_is(model_dir, example_tokenizer_dir, capsys):
     model = AutoModelForCausalLM.from_pretrained(model_dir("dense", example_tokenizer_dir))
     plain = model.get_output_embeddings()
-    assert compute_in_chunks(model, at_supervised=True, fp16=True) is None
+    way = choose_loss(model, SimpleNamespace(**vars(FLAGS) | {"fp16": True}))
+    assert way.at_supervised and way.head is None
     assert "loss = of all logits at once (--fp16" in capsys.readouterr().out
     model.set_output_embeddings(plain)
-    assert compute_in_chunks(model, at_supervised=False, fp16=False) is None and not capsys.readouterr().out
+    way = choose_loss(model, SimpleNamespace(**vars(FLAGS) | {"label_smoothing_factor": 0.1}))
+    assert way == (False, None, None)
+    assert capsys.readouterr().out == "logits = at every position (--label_smoothing_factor)\n"
     model.set_output_embeddings(torch.nn.Linear(4, 4))
-    assert compute_in_chunks(model, at_supervised=True, fp16=False) is None
+    assert choose_loss(model, FLAGS) == (True, None, None)
     assert "loss = of all logits at once (the head" in capsys.readouterr().out

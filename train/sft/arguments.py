@@ -118,6 +118,7 @@ class TrainingArguments(transformers.TrainingArguments):
     report_to: list[str] = option(
         text="Where the curves go: tensorboard (default), wandb, none, ….", factory=lambda: ["tensorboard"]
     )
+    activation_offload: bool = option(False, "With --gradient_checkpointing: keep the layers' inputs in host memory.")
     verify_checkpoints: bool = option(False, "Hash optimizer files above 1 GB whole: when saved and when resumed.")
     include_num_input_tokens_seen: str = field(
         default="no", metadata={"help": "Log the tokens so far: all, non_padding or no.", "nargs": "?", "const": "all"}
@@ -142,6 +143,8 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.activation_offload:
+            self.activation_checkpointing_kwargs = (self.activation_checkpointing_kwargs or {}) | {"offload": True}
         missing = set(self.report_to) - set(get_available_reporting_integrations())
         if missing:
             names = " ".join(sorted(missing))

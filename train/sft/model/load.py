@@ -4,7 +4,6 @@ Refused (exit code 2): what directory.py and pretrained.py refuse, FlashAttentio
 rows would run together.
 """
 
-import inspect
 import re
 from functools import partial
 from importlib.util import find_spec
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_available
 
@@ -182,29 +180,3 @@ def freeze(model: PreTrainedModel, args: ModelArguments) -> None:
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def takes_supervised_head(model: PreTrainedModel, training: TrainingArguments) -> bool:
-    """Whether the head can run at the supervised positions alone: the model takes `logits_to_keep` and hands
-    `shift_labels` to its loss.
-
-    Label smoothing and Liger's kernels want logits at every position.
-    """
-    inner = without_adapter(model)
-    accepted = inspect.signature(inner.forward).parameters.keys()
-    for needs_all, why in (
-        (training.label_smoothing_factor, "--label_smoothing_factor"),
-        (training.use_liger_kernel, "--use_liger_kernel"),
-        (not hasattr(transformers.modeling_utils, "slice_logits_to_keep"), f"transformers {transformers.__version__}"),
-        (not accepted >= {"logits_to_keep", "kwargs"}, f"{type(inner).__name__} does not take logits_to_keep"),
-    ):
-        if needs_all:
-            choice("logits", "at every position", why)
-            return False
-    return True
-
-
-def accepts_loss_kwargs(model: PreTrainedModel) -> bool:
-    """Whether the model's own loss can be over the whole step: its forward pass takes further arguments."""
-    parameters = inspect.signature(without_adapter(model).forward).parameters.values()
-    return any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)

@@ -10,6 +10,8 @@ import re
 import resource
 import shutil
 import threading
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from sft.arguments import TrainingArguments
 from sft.messages import in_units, note
-from sft.training.environment import ranks_of_this_disk, refuse_together
+from sft.training.environment import failing_together, ranks_of_this_disk, refuse_together
 from sft.training.manifest import checkpoints_in, is_whole
 from sft.training.progress import number_of_parameters
 from sft.training.save import save_dtype
@@ -80,6 +82,12 @@ def number_to_write(args: TrainingArguments, num_examples: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ what it stops
+
+
+def saving(place: Path, size: int = 0) -> AbstractContextManager[None]:
+    """A save of so many bytes that all ranks begin and end together. Once it fails on one, all end: exit code 1, and
+    a line that says why."""
+    return failing_together(partial(why_not_saved, place, size))
 
 
 def why_not_saved(place: Path, size: int, error: Exception) -> str | None:

@@ -63,6 +63,7 @@ BY_CONTENT = ("train_data_file", "model_name_or_path", "tokenizer_name_or_path")
 MAY_CHANGE = names("""
     max_steps num_train_epochs trust_remote_code make_moe_param_leaf_module use_cpu
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+    activation_offload
     torch_empty_cache_steps
     save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
     load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience

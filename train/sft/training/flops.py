@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from sft.model.moe import first_of
 
 TOKEN, PAIR, TARGET = np.eye(3)
-# Keys of the configuration: experts, those that a token is sent to, width of one, shared ones (by default 1).
+# Keys of the configuration: experts, those that a token is sent to, width of one, shared ones (1 where it has none).
 EXPERTS = {
     "hunyuan_v1_dense": (),
-    "hunyuan_v1_moe": ("num_experts", "moe_topk", "intermediate_size", "always 1"),
+    "hunyuan_v1_moe": ("num_experts", "moe_topk", "intermediate_size", "num_shared_expert"),
     "hunyuan": ("num_experts", "moe_topk", "intermediate_size", "num_shared_expert"),  # old code of A13B and Large
     "hy_v3": ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts"),
     "hy_v4": ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts"),

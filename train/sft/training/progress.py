@@ -190,7 +190,7 @@ def utilization(trainer: Any, counts: torch.Tensor, timed: torch.Tensor, seconds
     recomputes = getattr(args, "activation_checkpointing", args.gradient_checkpointing)  # 5.17: the old names
     kwargs = getattr(args, "activation_checkpointing_kwargs", args.gradient_checkpointing_kwargs) or {}
     needed = flops_of_step(trainer.model)
-    computed = flops_of_step(trainer.model, kwargs.get("every_n_layers", 1) if recomputes else 0)
+    computed = flops_of_step(trainer.model, kwargs.get("every_n_layers", 1)) if recomputes else needed
     units = [0, 1, 2 if trainer.data_collator.supervised_head else 0]  # without it the head runs at every token
     if needed is None or computed is None:
         return dict.fromkeys(("flops", "mfu", "hfu"))

@@ -3,7 +3,6 @@ lengths, the watches on routers and on what is not finite, an `eval_loss` over a
 saved directories."""
 
 import contextlib
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +21,7 @@ from sft.model.moe import Routers, moe_layers
 from sft.model.pretrained import load_pretrained
 from sft.model.weight_files import is_transformers_own, names_in_model
 from sft.training import save
-from sft.training.disk import Reporter, checkpoint_bytes, why_not_saved
-from sft.training.environment import failing_together
+from sft.training.disk import Reporter, checkpoint_bytes, saving
 from sft.training.finite import FiniteWatch
 from sft.training.manifest import RUN, RestOfSave, remove
 from sft.training.progress import Meter
@@ -38,12 +36,19 @@ class Trainer(OtherRanks):
         meter: counts tokens and seconds.
         companions: what a saved directory gets beside its weights. The tokenizer is among it, and not handed on as
             `processing_class`: the Trainer would change the special tokens in the model's config after it.
+        head: see loss.py.
         router_aux_loss_coef: see model/moe.py.
     """
 
-    head: Head | None = None  # see loss.py
-
-    def __init__(self, *args, meter: Meter, companions: ModelDirectory, router_aux_loss_coef: float = 0.0, **kwargs):
+    def __init__(
+        self,
+        *args,
+        meter: Meter,
+        companions: ModelDirectory,
+        head: Head | None = None,
+        router_aux_loss_coef: float = 0.0,
+        **kwargs,
+    ):
         training_args: transformers.TrainingArguments = kwargs["args"]
         if kwargs.get("eval_dataset") is not None:
             ranks_batch = training_args.world_size * training_args.eval_batch_size
@@ -58,7 +63,7 @@ class Trainer(OtherRanks):
         super().__init__(*args, **kwargs)
         handler = self.callback_handler
         handler.callbacks = [Reporter(c) if "integration" in type(c).__module__ else c for c in handler.callbacks]
-        self.meter = meter
+        self.meter, self.head = meter, head
         self.finite = FiniteWatch(self)
         self.rest_of_save = RestOfSave()
         self.companions = companions
@@ -188,7 +193,7 @@ class Trainer(OtherRanks):
         self.finish_save()
         self.gather_unlogged()
         args, checkpoint = self.args, Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        with failing_together(partial(why_not_saved, checkpoint, checkpoint_bytes(self.model, args))):
+        with saving(checkpoint, checkpoint_bytes(self.model, args)):
             if args.should_save:
                 remove(checkpoint)  # a torn one, or of a branch that was abandoned
                 checkpoint.mkdir()
@@ -203,7 +208,7 @@ class Trainer(OtherRanks):
 
     def finish_save(self) -> None:
         """Wait until the last checkpoint is whole."""
-        with failing_together(partial(why_not_saved, self.rest_of_save.checkpoint, 0)):
+        with saving(self.rest_of_save.checkpoint):
             self.accelerator.wait_for_everyone()  # fails where a rank is gone
             self.rest_of_save.wait(self.args.ddp_timeout)
 

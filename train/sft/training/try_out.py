@@ -27,6 +27,7 @@ from sft.training.rates import keep_above_lowest
 SET_BY_OTHER_FLAGS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 STEPS = 1000  # of a run whose length is not known yet
 NEEDED = {
+    "activation_offload": "gradient_checkpointing",
     "fsdp_config": "fsdp",
     "liger_kernel_config": "use_liger_kernel",
     "gradient_checkpointing_kwargs": "gradient_checkpointing",
@@ -73,10 +74,19 @@ def try_out(args: TrainingArguments) -> None:
 def try_devices(args: TrainingArguments) -> None:
     """Refuse what this device, or this number of processes, cannot do, and what has no effect."""
     several, config, liger = args.world_size > 1, args.accelerator_config, args.use_liger_kernel
+    recomputing = getattr(args, "activation_checkpointing_kwargs", None) or {}  # 5.17 has the old name alone
     refused = [
+        (getattr(args, what, None) and not getattr(args, needed), f"--{what}: has no effect without --{needed}")
+        for what, needed in NEEDED.items()
+    ]
+    refused += [
         (args.fsdp and (args.use_cpu or not several or args.deepspeed),
          "--fsdp: needs several processes with a GPU each, and no --deepspeed. Leave it out"),
         (liger and args.use_cpu, "--use_liger_kernel: its kernels need a GPU. Leave it out"),
+        (recomputing.get("offload") and args.use_cpu,
+         "--activation_offload: without a GPU the layers' inputs are in host memory already. Leave it out"),
+        (args.activation_offload and not hasattr(args, "activation_checkpointing"),
+         f"--activation_offload: not with transformers {transformers.__version__}: pip install transformers==5.23.0"),
         (liger and not is_liger_kernel_available(),
          "--use_liger_kernel: liger-kernel is not installed: pip install liger-kernel"),
         (several and not config.even_batches,
@@ -84,10 +94,6 @@ def try_devices(args: TrainingArguments) -> None:
         (several and (config.split_batches or config.dispatch_batches),
          "--accelerator_config: split_batches and dispatch_batches cannot divide rows of any length"),
     ]  # fmt: skip
-    refused += [
-        (getattr(args, what, None) and not getattr(args, needed), f"--{what}: has no effect without --{needed}")
-        for what, needed in NEEDED.items()
-    ]
     for is_wrong, why in refused:
         if is_wrong:
             raise Refused(why)
