@@ -1,6 +1,7 @@
 """What a step costs against row length, rows and vocabulary: seconds and memory, with fitted exponents.
 
     python tests/benchmarks/bench_scale.py [--most 16384] [--repeats 3]
+    python tests/benchmarks/bench_scale.py --profile            # where one step of 16 rows of 256 goes, both ways
 
 Each point is a process of its own: a small model (hidden 256, 2 layers) is built, and a packed batch goes forward and
 backward, once as the collator, attention and loss of training have it and once the plain way (transformers' mask of
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
@@ -28,8 +30,8 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def step(length: int, rows: int, vocabulary: int, plain: bool, repeats: int) -> dict[str, float]:
-    """Seconds and bytes of one point, in this process."""
+def make_step(length: int, rows: int, vocabulary: int, plain: bool) -> tuple[Callable[[], None], int]:
+    """A forward and backward pass of one point, and the bytes of its gradients."""
     from contextlib import nullcontext
     from types import SimpleNamespace
 
@@ -55,15 +57,41 @@ def step(length: int, rows: int, vocabulary: int, plain: bool, repeats: int) -> 
     labels = np.where(np.arange(length) % 4 == 0, ids, -100)
     batch = Collator(0, "batch")([{"input_ids": ids, "labels": labels} for _ in range(rows)])
     del batch["numbers"]
+
+    def run() -> None:
+        with head.knows(batch["shift_labels"]) if head else nullcontext():
+            model(**batch, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    return run, sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def measure(point: list, repeats: int) -> dict[str, float]:
+    """Seconds and bytes of one point, in this process."""
+    run, gradients = make_step(*point)
     before, seconds = peak(), []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        with head.knows(batch["shift_labels"]) if head else nullcontext():
-            model(**batch, use_cache=False).loss.backward()
+        run()
         seconds.append(time.perf_counter() - start)
-        model.zero_grad()
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"seconds": statistics.median(seconds[1:]), "bytes": max(1, peak() - before - gradients)}
+
+
+def profile(point: list, most: int = 10) -> None:
+    """Print the operators that one step spends its time in, itself and not in others that it calls."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    run, _ = make_step(*point)
+    run()
+    with profiler(activities=[ProfilerActivity.CPU]) as found:
+        run()
+    events = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    print(f"{'plain' if point[-1] else 'ours'}: {total / 1e3:.0f} ms")
+    for event in events[:most]:
+        time_of = event.self_cpu_time_total
+        print(f"  {time_of / total:>5.1%} {time_of / 1e3:>8.1f} ms {event.count:>5} calls  {event.key}")
 
 
 def exponent(sizes: list[int], costs: list[float]) -> float:
@@ -77,10 +105,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=16_384, help="tokens of the longest row (default 16384)")
     parser.add_argument("--repeats", type=int, default=3, help="steps that are timed (default 3)")
+    parser.add_argument("--profile", action="store_true", help="print where a step's time goes, and nothing else")
     parser.add_argument("--point", type=json.loads, help="one point alone: [length, rows, vocabulary, plain]")
     args = parser.parse_args()
     if args.point:
-        return print(json.dumps(step(*args.point, args.repeats)))
+        return print(json.dumps(measure(args.point, args.repeats)))
+    if args.profile:
+        for plain in (True, False):
+            profile([256, 16, VOCABULARY, plain])
+        return None
     doubled = [256 * 2**i for i in range(20) if 256 * 2**i <= args.most]
     sweeps = {
         "row length": [(size, (size, 1, VOCABULARY)) for size in doubled],

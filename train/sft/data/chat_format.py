@@ -24,10 +24,10 @@ from sft.data.thinking import (
 )
 from sft.data.tokens import TextEncoder
 
-Sequence = tuple[str, list[tuple[int, int]]]  # text, (first character, end) of each stretch that the model has to say
+Rendered = tuple[str, list[tuple[int, int]]]  # text, (first character, end) of each stretch that the model has to say
 
 
-class Row(NamedTuple):
+class Chat(NamedTuple):
     """A conversation as the template gets it, and what is known of it.
 
     Attributes:
@@ -55,7 +55,7 @@ class ChatFormat(ChatTemplate):
         super().__init__(tokenizer)
         self.encoder = TextEncoder(tokenizer)
 
-    def prepare(self, row: dict, counts: dict[str, int], history: str = "as_written") -> Row:
+    def prepare(self, row: dict, counts: dict[str, int], history: str = "as_written") -> Chat:
         """The row's messages as the template gets them.
 
         An empty system message is left out (the released A13B template refuses it); thinking is moved to where the
@@ -94,7 +94,7 @@ class ChatFormat(ChatTemplate):
             places.append(i)
             past.append(earlier or message)
             messages.append(earlier if wraps and earlier else message)
-        return Row(messages, past, places, turns, wraps, json.dumps(switches), has_tools)
+        return Chat(messages, past, places, turns, wraps, json.dumps(switches), has_tools)
 
     def is_misplaced(self, turn: Turn) -> bool:
         """Whether a turn has thinking, and where the template does not read it."""
@@ -105,7 +105,7 @@ class ChatFormat(ChatTemplate):
 
     def sequences(
         self, row: dict, train_on: str, counts: dict[str, int], history: str = "as_written"
-    ) -> list[Sequence]:
+    ) -> list[Rendered]:
         """Render a conversation, and find what the model has to say in it.
 
         Returns one sequence, or several where the template or `history` rewrites earlier turns once a later one is
@@ -143,13 +143,13 @@ class ChatFormat(ChatTemplate):
         counts["tools_left_out"] += chat.has_tools and not self.takes_tools
         return [sequence for sequence in sequences if sequence[1]] or sequences[:1]
 
-    def thinking_in(self, prompt: str, chat: Row, upto: int) -> int:
+    def thinking_in(self, prompt: str, chat: Chat, upto: int) -> int:
         """How many of the turns before `upto` stand in its prompt with their thinking, or its tags."""
         name = "reasoning_content" if self.reads_thinking else "content"
         thoughts = [chat.past[i].get(name) for i, turn in chat.turns.items() if i < upto and turn.thinking is not None]
         return 0 if chat.wraps else sum(thought in prompt for thought in thoughts if thought)
 
-    def place(self, chat: Row, render: Render, ending: Ending, i: int, counts: dict[str, int]) -> tuple[str, str]:
+    def place(self, chat: Chat, render: Render, ending: Ending, i: int, counts: dict[str, int]) -> tuple[str, str]:
         """The prompt that inference sees before turn i, and what the model says then, the end of the turn included.
 
         It says nothing where the template leaves out all that the turn has: the end alone would teach it to be silent.

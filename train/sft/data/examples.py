@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sft.data.chat_format import ChatFormat, Sequence
+from sft.data.chat_format import ChatFormat, Rendered
 from sft.data.lines import BadRow, data_files
 from sft.data.report import Report, report_findings
 from sft.data.shapes import parse_row
@@ -89,7 +89,7 @@ def encode_rows(
 
 def render_row(
     line: bytes, chat: ChatFormat, options: Options, shape: str | None
-) -> tuple[list[Sequence], Counter[str]]:
+) -> tuple[list[Rendered], Counter[str]]:
     """The texts that a row becomes, and counts of what was found in it. Raises BadRow."""
     counts: Counter[str] = Counter()
     try:
@@ -107,7 +107,7 @@ def render_row(
 
 
 def cut_row(
-    sequences: list[Sequence], ids_of_row: list[list[int]], chat: ChatFormat, options: Options
+    sequences: list[Rendered], ids_of_row: list[list[int]], chat: ChatFormat, options: Options
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], bool]:
     """(ids, spans) of the row's sequences that have a supervised token within max_seq_length, and whether one is cut
     off there."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from sft.messages import choice
 from sft.model.weight_files import is_transformers_own
 
-LOGITS = {"cuda": 2**27, "cpu": 2**24}  # at once: 512 and 64 MB in fp32; a GPU waits for its memory with fewer
+LOGITS = {"cuda": 2**27, "cpu": 2**25}  # at once: 512 and 128 MB in fp32; with fewer each product takes longer
 
 
 class SumOfLosses(torch.autograd.Function):
@@ -40,7 +40,8 @@ class SumOfLosses(torch.autograd.Function):
             if of_hidden is not None:
                 of_hidden[i : i + size] = slope @ matrix
             if of_weight is not None:
-                of_weight += slope.T @ part
+                in_place = dtype == of_weight.dtype  # no second matrix of the weight's size
+                of_weight.addmm_(slope.T, part) if in_place else of_weight.add_(slope.T @ part)
         ctx.gradients, ctx.dtypes = [of_hidden, of_weight], (hidden.dtype, weight.dtype)
         return total
 

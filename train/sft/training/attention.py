@@ -133,7 +133,7 @@ def difference_to_mask(config: PreTrainedConfig, kind: str, args: TrainingArgume
     theirs = found("sdpa", mask[None, None])
     try:
         ours = found(kind, None, **rows)
-    except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
+    except Exception as error:  # kernels raise anything where they cannot run, and other releases take other arguments
         return f"{type(error).__name__}: {in_one_line(error)[:200]}"
     most = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
     return None if most < 0.03 else f"it differs by {most:.0%} from a mask"
