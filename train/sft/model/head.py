@@ -40,8 +40,10 @@ class SumOfLosses(torch.autograd.Function):
             if of_hidden is not None:
                 of_hidden[i : i + size] = slope @ matrix
             if of_weight is not None:
-                in_place = dtype == of_weight.dtype  # no second matrix of the weight's size
-                of_weight.addmm_(slope.T, part) if in_place else of_weight.add_(slope.T @ part)
+                if dtype == of_weight.dtype:  # without a second matrix of the weight's size
+                    torch.addmm(of_weight, slope.T, part, out=of_weight)
+                else:
+                    of_weight += slope.T @ part
         ctx.gradients, ctx.dtypes = [of_hidden, of_weight], (hidden.dtype, weight.dtype)
         return total
 
