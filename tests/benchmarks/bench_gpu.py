@@ -97,7 +97,12 @@ class Bench:
     """The clock, the folder, the processes, and the report."""
 
     def __init__(self, args: argparse.Namespace, work: Path):
-        self.args, self.work, self.small, self.report = args, work, args.device == "cpu", Report(args.output)
+        self.args, self.work, self.small, self.report = (
+            args,
+            work,
+            args.device == "cpu",
+            Report(args.output, args.device),
+        )
         self.env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.env["HF_DATASETS_CACHE"] = str(work / "cache")
         self.env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{self.env['PATH']}"  # for train.sh
@@ -149,7 +154,7 @@ class Bench:
         history = json.loads((out / "trainer_state.json").read_text())["log_history"]
         figures["losses"] = [entry["loss"] for entry in history if "loss" in entry]
         figures["attention"] = (re.findall(r"attention of packed rows = (\S+)", log.read_text()) or [""])[-1]
-        figures["warnings"] = re.findall(r"warning: .*", log.read_text())
+        figures["warnings"] = re.findall(r"warning: attention .*", log.read_text())
         return status, "", figures
 
     # --------------------------------------------------------------------------------------------------- parts

@@ -14,8 +14,8 @@ class Report:
     """Results in the order in which they came: name, part, status (ok, FAILED, out of memory, not run), text, and
     figures as train_results.json calls them."""
 
-    def __init__(self, file: Path):
-        self.file, self.began, self.results = file, time.monotonic(), list[Result]()
+    def __init__(self, file: Path, device: str):
+        self.file, self.device, self.began, self.results = file, device, time.monotonic(), list[Result]()
         file.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, part: str, name: str, status: str, text: str = "", **figures: Any) -> None:
@@ -61,6 +61,8 @@ class Report:
 
     def goals(self) -> list[str]:
         """The goals, which are those on one H100, and whether they are met."""
+        if self.device == "cpu":
+            return []
         ours = {name: result for name, result in self.fast.items() if "TRL" not in name}
         theirs = [result["tokens_per_second"] for name, result in self.fast.items() if "TRL" in name]
 
