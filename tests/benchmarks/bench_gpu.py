@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpu_models import BYTES, LAYERS, MADE, MADE_SMALL
-from gpu_report import Report, busiest_expert
+from gpu_report import Report, busiest_expert, said_in, take_second_half
 
 HERE = Path(__file__).resolve().parent
 TRAIN = HERE.parents[1] / "train"
@@ -86,7 +86,7 @@ RUNS = (
     Run("deepspeed", "", ""),
     Run("long", "7B", "LoRA 32k, recomputed", AGAIN, rows="32k", steps=4, seconds=60),
     Run("long", "7B", "LoRA 32k, offload", AGAIN, (*FLASH, "--activation_offload"), rows="32k", steps=4, seconds=70),
-    Run("compile", "7B", "LoRA 4k, compiled", LORA, (*FLASH, "--torch_compile"), seconds=120),
+    Run("compile", "7B", "LoRA 4k, compiled", LORA, (*FLASH, "--torch_compile"), steps=40, seconds=120),
     Run("trl", "7B", "LoRA 4k, TRL"),
     Run("trl", "7B", "LoRA 4k, again", LORA),
     Run("trl", "7B", "LoRA 4k, TRL again"),
@@ -97,12 +97,8 @@ class Bench:
     """The clock, the folder, the processes, and the report."""
 
     def __init__(self, args: argparse.Namespace, work: Path):
-        self.args, self.work, self.small, self.report = (
-            args,
-            work,
-            args.device == "cpu",
-            Report(args.output, args.device),
-        )
+        self.args, self.work, self.small = args, work, args.device == "cpu"
+        self.report = Report(args.output, args.device)
         self.env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.env["HF_DATASETS_CACHE"] = str(work / "cache")
         self.env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{self.env['PATH']}"  # for train.sh
@@ -153,9 +149,7 @@ class Bench:
         figures = json.loads((out / "train_results.json").read_text())
         history = json.loads((out / "trainer_state.json").read_text())["log_history"]
         figures["losses"] = [entry["loss"] for entry in history if "loss" in entry]
-        figures["attention"] = (re.findall(r"attention of packed rows = (\S+)", log.read_text()) or [""])[-1]
-        figures["warnings"] = re.findall(r"warning: attention .*", log.read_text())
-        return status, "", figures
+        return status, "", figures | said_in(log.read_text())
 
     # --------------------------------------------------------------------------------------------------- parts
 
@@ -227,6 +221,8 @@ class Bench:
             )  # fmt: skip
             if status == "ok" and "tensorboard" in flags:
                 figures["busiest"] = busiest_expert(self.work / "out", model)
+            if status == "ok" and run.part == "compile":
+                take_second_half(figures)
         return self.report.add(run.part, name, status, why, **figures)
 
     def why_not(self, run: Run, model: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,10 @@ class Report:
         right = [result["most"] for result in self.results if result["status"] == "ok" and "most" in result]
         if right:
             lines += ["", f"correct: {len(right)} paths give what the CPU gives in fp32, to {max(right):.1e}"]
-        rest = [
-            r for r in self.results if not r.get("tokens_per_second") and not (r["status"] == "ok" and "most" in r)
-        ]
-        lines += ["", *(f"{r['part']}: {r['name']}: {r['status']}{', ' * bool(r['text'])}{r['text']}" for r in rest)]
+        lines.append("")
+        for r in self.results:
+            if not r.get("tokens_per_second") and not (r["status"] == "ok" and "most" in r):
+                lines.append(f"{r['part']}: {r['name']}: {r['status']}{', ' * bool(r['text'])}{r['text']}")
         lines += dict.fromkeys(line for result in self.fast.values() for line in result.get("warnings", ()))
         return "\n".join([*lines, "", *self.goals()])
 
@@ -104,6 +105,24 @@ def in_words(figures: dict[str, Any]) -> list[str]:
     if figures.get("busiest"):
         said.append(f"the busiest expert has {figures['busiest']:.1f} times the mean")
     return [*said, figures.get("attention", "")]
+
+
+def said_in(log: str) -> dict[str, Any]:
+    """What a run of train.py printed: how it attends to packed rows, each step's tokens/s, what of it is a warning."""
+    return {
+        "attention": (re.findall(r"attention of packed rows = (\S+)", log) or [""])[-1],
+        "speeds": [int(speed) for speed in re.findall(r"^step .* tokens/s (\d+)", log, re.M)],
+        "warnings": re.findall(r"warning: attention .*", log),
+    }
+
+
+def take_second_half(figures: dict[str, Any]) -> None:
+    """Let a run's figures be those of the second half of its steps, by their median: what is compiled is compiled once
+    more when lengths change, mostly in the second or third step."""
+    speeds = figures["speeds"]
+    faster = statistics.median(speeds[len(speeds) // 2 :]) / figures["tokens_per_second"]
+    for key in ("tokens_per_second", "mfu", "hfu"):
+        figures[key] = figures[key] and figures[key] * faster
 
 
 def busiest_expert(out: Path, model: Path) -> float | None:
