@@ -251,19 +251,19 @@ def measure_ceilings(device: torch.device, record: Record) -> None:
         a, b = random(rows // few, inner // few), random(outer // few, inner // few)
         flops = 2 * a.numel() * len(b)
         rate = flops / seconds_of(lambda: torch.nn.functional.linear(a, b), device) / 1e12
-        record.add(name, "ok", f"{rate:.4g} TFLOP/s", tflops=rate)
+        record.add(f"{name} {len(a)} × {a.shape[1]} × {len(b)}", "ok", f"{rate:.4g} TFLOP/s", tflops=rate)
 
     for rows, inner, outer in ((8192, 8192, 8192), (4096, 4096, 14_336), (4096, 14_336, 4096), (4096, 4096, 4096)):
-        product(f"product {rows} × {inner} × {outer}", rows, inner, outer)
+        product("product", rows, inner, outer)
     # the vocabulary is no multiple of 8, which a matrix's rows have to be for the fast kernels
     for vocabulary in (128_167, 128_192):
-        product(f"head 1024 × 4096 × {vocabulary}", 1024, 4096, vocabulary)
+        product("head", 1024, 4096, vocabulary)
     for name, experts, rows, inner, outer in (("A13B", 64, 512, 4096, 6144), ("Hy-MT2", 128, 256, 2048, 1536)):
         a, b = random(experts * rows // few, inner // few), random(experts, outer // few, inner // few)
         ends = (torch.arange(experts, device=device, dtype=torch.int32) + 1) * (len(a) // experts)
         work = functools.partial(torch.nn.functional.grouped_mm, a, b.transpose(-2, -1), offs=ends)
         rate = 2 * a.numel() * b.shape[1] / seconds_of(work, device) / 1e12
-        name = f"grouped_mm {name}: {experts} × {rows} × {inner} × {outer}"
+        name = f"grouped_mm {name} {experts} × {len(a) // experts} × {a.shape[1]} × {b.shape[1]}"
         record.add(name, "ok", f"{rate:.4g} TFLOP/s", grouped=rate)
     size = 2**30 // few
     on_device, there = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
