@@ -58,6 +58,26 @@ def test_the_same_as_with_a_mask(kind, how, load, monkeypatch):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
 
 
+def test_compiled_once_for_rows_of_any_number_and_length(load):
+    model, graphs, expected = load("dense").train(), [], []
+    keep_rows_apart(model, ON_CPU)
+    batches = [Collator(0, "batch")(rows(*lengths)) for lengths in ((20, 1, 33), (40,), (7, 12, 3, 9), (25, 31))]
+    for batch in batches:
+        del batch["numbers"]
+        expected.append(model(**batch, use_cache=False).loss.item())
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model.compile(backend=count, dynamic=True)
+    for number, batch in enumerate(batches):
+        assert model(**batch, use_cache=False).loss.item() == pytest.approx(expected[number], abs=1e-6)
+        if number == 0:
+            once = len(graphs)
+    assert 0 < once == len(graphs)
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe", "hy_v3"])
 def test_generation_within_a_packed_run(kind, load):
     """Padded on the left, with a cache and without, as in a run that is not packed."""

@@ -148,12 +148,20 @@ class Collator:
         return batch | {"numbers": [s.get("number", NO_ROW) for s in sequences]}
 
 
+class RowLengths:
+    """Tokens of each row of a packed batch. Not a plain list, for whose every length torch.compile would compile
+    anew."""
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths
+
+
 def row_boundaries(lengths: list[int]) -> dict[str, Any]:
     """What attention needs to know of rows that lie end to end, under the names of transformers' variable-length
     kernels, and `row_lengths` for ours; whole numbers, so that no layer has to wait for a device."""
     ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     found = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
-    return found | {"row_lengths": lengths}
+    return found | {"row_lengths": RowLengths(lengths)}
 
 
 def plan_bins(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

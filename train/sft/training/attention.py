@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sft.arguments import TrainingArguments
-from sft.data.batches import row_boundaries
+from sft.data.batches import RowLengths, row_boundaries
 from sft.messages import choice, in_one_line, note
 
 ROW_BY_ROW, VARLEN = "sdpa_row_by_row", "torch_varlen"
@@ -28,21 +28,21 @@ def attend_row_by_row(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    row_lengths: list[int] | None = None,
+    row_lengths: RowLengths | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row.
 
     Args:
         query: (1, heads, tokens, head size); key and value: (1, key heads, tokens, head size).
-        row_lengths: tokens of each row, whole numbers, so that no layer waits for the device.
+        row_lengths: whole numbers, so that no layer waits for the device.
 
     Returns:
         (1, tokens, heads, head size), and no weights.
     """
-    if row_lengths is None or attention_mask is not None or query.shape[2] != sum(row_lengths):
+    if row_lengths is None or attention_mask is not None or query.shape[2] != sum(row_lengths.lengths):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    rows = zip(*(states.split(row_lengths, dim=2) for states in (query, key, value)), strict=True)
+    rows = zip(*(states.split(row_lengths.lengths, dim=2) for states in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None
 
 

@@ -33,6 +33,7 @@ def prepare(values: dict[str, Any]) -> None:
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         if os.environ.pop(name).lower() not in ("", "0", "no", "false"):
             note(f"{name} has no effect: the flags decide")
+    os.environ["ACCELERATE_DYNAMO_USE_DYNAMIC"] = "true"  # --torch_compile: batches are of any size
     set_rendezvous_variables(bool(values["deepspeed"]))
     complete_variables()
     choose_device(values)

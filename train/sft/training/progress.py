@@ -111,7 +111,8 @@ class Meter(TrainerCallback):
             ids, mask = batch["input_ids"], batch.get("attention_mask")
             self.counts = self.counts.to(ids.device)
             if mask is None:
-                lengths = torch.tensor(batch.get("row_lengths") or [ids.shape[1]] * len(ids))
+                packed = batch.get("row_lengths")
+                lengths = torch.tensor(packed.lengths if packed else [ids.shape[1]] * len(ids))
             else:
                 lengths = mask.sum(1)
             pairs = (lengths * (lengths + 1) // 2).sum()
