@@ -1,8 +1,8 @@
 """An output head that computes its loss at the supervised positions in chunks of them: no logits are kept.
 
 The gradients are computed with the loss, chunk by chunk, as in the fused losses that others write as kernels: memory
-does not grow with vocabulary × positions. Where the model's config says `enable_lm_head_fp32` (Hy3, Hy-MT2) the head
-computes in fp32, which transformers 5.23 does not.
+does not grow with vocabulary × positions. Where the model's config says `enable_lm_head_fp32` (Hy3, Hy-MT2-30B-A3B)
+the head computes in fp32, which transformers 5.23 does not.
 """
 
 import contextlib
