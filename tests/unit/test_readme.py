@@ -17,7 +17,7 @@ MERGE_AND_CHAT |= {"adapter", "prompt", "no_think"}
 DATA_PY = {"model", "file", "row", "warnings"}
 OTHERS = {"help", "logdir", "nproc_per_node", "no-build-isolation", "nnodes", "node_rank", "master_addr"}
 OTHERS |= {"ntasks-per-node", "gpus-per-node", "network", "shm-size"}  # of tensorboard, torchrun, pip, srun, docker
-OTHERS |= {"index-url", "system-site-packages", "no-index", "find-links"}  # of pip and venv
+OTHERS |= {"parts", "index-url", "system-site-packages", "no-index", "find-links"}  # of bench_gpu.py, pip and venv
 
 
 def commands(text):
