@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_data.py                              # 1,000,000 rows, about 1 GB; ten minutes
     python tests/benchmarks/bench_data.py --rows 100000 --tokenizer train/example/tokenizer
+    python tests/benchmarks/bench_data.py --against ../before    # another clone: the same rows, in turn, 60 times
 
 The plain way is `json.loads` and `apply_chat_template` for each row, in one process, nothing found or stored. Its rows
 are the file's first; all ways alternate. The tokenizer is the tests' own over the real vocabulary (../shared), unless
@@ -96,6 +97,39 @@ def plan(rows: int, capacity: int) -> dict:
     return {"rows": rows, "seconds": seconds, "memory": memory, "bins": len(starts) - 1, "fill": fill}
 
 
+def encode_in_turn(file: Path, tokenizer_dir: str, tree: Path) -> None:
+    """For each line of stdin, encode the file's rows with a clone's code, and print the CPU's seconds."""
+    sys.path.insert(0, str(tree / "train"))
+    from transformers import AutoTokenizer
+
+    from sft.data.examples import ChatFormat, Options, encode_rows
+
+    chat = ChatFormat(AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=True))
+    lines = list(enumerate(file.read_bytes().splitlines(), 1))
+    for _ in sys.stdin:
+        began = time.process_time()
+        encode_rows(lines, chat, Options())
+        print(time.process_time() - began, flush=True)
+
+
+def compare(other: Path, file: Path, tokenizer: str, turns: int = 60) -> None:
+    """Print the rows per second of this clone over another's, two living processes in turn. The first warms up."""
+    command = [sys.executable, __file__, "--mode", "in turn", "--file", str(file), "--tokenizer", tokenizer, "--tree"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    children = [subprocess.Popen([*command, str(tree.resolve())], **pipes) for tree in (other, REPO)]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(turns + 1):
+        for child, found in zip(children, seconds):
+            child.stdin.write("\n")
+            child.stdin.flush()
+            found.append(float(child.stdout.readline()))
+    for child in children:
+        child.stdin.close()
+    ratios = [theirs / ours for theirs, ours in zip(*(found[1:] for found in seconds))]
+    print(f"rows/s over {other}: median {statistics.median(ratios):.2f}, of the fastest turns "
+          f"{min(seconds[0][1:]) / min(seconds[1][1:]):.2f}")  # fmt: skip
+
+
 def run(mode: str, file: Path, tokenizer: str, cache: Path, workers: int = 1) -> dict:
     """One measurement, in a process of its own."""
     command = [sys.executable, __file__, "--mode", mode, "--file", str(file), "--tokenizer", tokenizer]
@@ -111,10 +145,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokenizer")
-    parser.add_argument("--mode", choices=("all", "plain", "ours", "plan"), default="all")
+    parser.add_argument("--mode", choices=("all", "plain", "ours", "plan", "in turn"), default="all")
+    parser.add_argument("--against", type=Path, help="another clone, to compare the code of both")
+    parser.add_argument("--tree", type=Path)
     parser.add_argument("--file", type=Path)
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
+    if args.mode == "in turn":
+        return encode_in_turn(args.file, args.tokenizer, args.tree)
     if args.mode == "ours":
         print(json.dumps(ours(args.file, args.tokenizer, args.workers)))
         return
@@ -133,6 +171,9 @@ def main() -> None:
             from conftest import make_hy_tokenizer
 
             args.tokenizer = str(make_hy_tokenizer(folder / "tokenizer"))
+        if args.against:
+            write_rows(folder / "rows.jsonl", 600)
+            return compare(args.against, folder / "rows.jsonl", args.tokenizer)
         large, small, cache = folder / "large.jsonl", folder / "small.jsonl", folder / "cache"
         write_rows(large, args.rows)
         write_rows(small, args.rows // 20)
