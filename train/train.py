@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
         trainer.save_model()
         trainer.save_state()
         write_results(trainer, result.metrics, probe, data.figures)
-    note(f"done: {output_dir}")
+    note(f"done: {training_args.output_dir}")
 
 
 def make_trainer(

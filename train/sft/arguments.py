@@ -144,7 +144,8 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.activation_offload:
-            self.activation_checkpointing_kwargs = (self.activation_checkpointing_kwargs or {}) | {"offload": True}
+            given = getattr(self, "activation_checkpointing_kwargs", None) or {}  # 5.17: try_out refuses
+            self.activation_checkpointing_kwargs = given | {"offload": True}
         missing = set(self.report_to) - set(get_available_reporting_integrations())
         if missing:
             names = " ".join(sorted(missing))

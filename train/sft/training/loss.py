@@ -34,17 +34,21 @@ def choose_loss(model: PreTrainedModel, args: TrainingArguments) -> Loss:
     inner = without_adapter(model)
     accepted = inspect.signature(inner.forward).parameters
     at_supervised = takes_supervised_head(inner, accepted, args)
-    head = put_head(inner)
-    if head is None or args.fp16:
-        why = "--fp16: gradients need their scale" if head else "the head has an adapter, a bias or code of its own"
+    head, why = put_head(inner), None
+    if head is None:
+        why = "the head has an adapter, a bias or code of its own"
+    elif args.fp16:
+        why = "--fp16: gradients need their scale"
+    if why:
         choice("loss", "of all logits at once", why)
+    if why or not at_supervised:
         head = None
-    if head and at_supervised:
+    else:
         inner.loss_function = mean_of_sum
     # a class that takes no further arguments is not told the tokens of the whole step
     is_told = any(parameter.kind == parameter.VAR_KEYWORD for parameter in accepted.values())
     function = None if is_told or args.label_smoothing_factor else mean_loss
-    return Loss(at_supervised, head if at_supervised else None, function)
+    return Loss(at_supervised, head, function)
 
 
 def takes_supervised_head(model: PreTrainedModel, accepted: Any, args: TrainingArguments) -> bool:
